@@ -20,6 +20,7 @@ from csalign.adapters.canonical import TINY, PairMoments, leading
 from csalign.adapters.side import CHUNK_ROWS, Rows, UnitRows
 from csalign.core.arrays import Array, Doubles, Ints
 from csalign.core.enums import Modality
+from csalign.core.errors import DataError
 
 MAX_COMPONENTS = 1_024  # principal components of a side; beyond, the ridge leaves little
 MAX_TOTAL = 4_096  # of all sides together, if that leaves `LEAST_COMPONENTS` for each
@@ -89,6 +90,9 @@ class SideMoments:
 
         Args:
             sides: by name, at least 2, each with at least 1 row to use.
+
+        Raises:
+            DataError: sides share no item with the others, directly or through a third.
         """
         limit = min(MAX_COMPONENTS, max(LEAST_COMPONENTS, MAX_TOTAL // len(sides)))
         spectra = {name: _spectrum(side, limit) for name, side in sides.items()}
@@ -101,6 +105,16 @@ class SideMoments:
             second += means.T @ means
             first += present.T @ means
             counts += present.T @ present
+        reached = torch.linalg.matrix_power(counts.sign() + torch.eye(count).double(), count)[0] > 0
+        if not reached.all():
+            groups = [
+                ", ".join(name for name, own in zip(sides, reached, strict=True) if own == is_first)
+                for is_first in (True, False)
+            ]
+            raise DataError(
+                f"sides {groups[0]} share no item with {groups[1]}, so that nothing relates them; "
+                "add items that have both, or choose sides that share some"
+            )
         side_of = torch.arange(count).repeat_interleave(torch.tensor(widths))
         items = counts[side_of][:, side_of].clamp(min=1)
         # The means of a pair of sides are those of the items that have both.
@@ -118,7 +132,8 @@ class SideMoments:
         Args:
             ridge: > 0, relative to each side's mean eigenvalue; whitening as in `PairMoments.cca`.
             powers: a direction is scaled by its mean correlation to this power, on each side.
-            width: directions to keep, at most min(d, e) for two sides.
+            width: directions to keep, at most min(d, e) for two sides. Fewer are found if the
+                sides have fewer dimensions or items.
         """
         spectra = self.spectra.values()
         scales = [(own.values + ridge * own.level + TINY).rsqrt() for own in spectra]
@@ -186,11 +201,12 @@ class _ByItem:
 
     def means(self, items: Ints, of: Callable[[Array], Tensor]) -> tuple[Tensor, Tensor]:
         """Average outputs of the rows of each item, ascending: (m, k), and (m, 1): 1 if any."""
-        place = np.searchsorted(items, self.items)
-        place[place == len(items)] = 0
-        known = np.flatnonzero(items[place] == self.items)
+        first, last = np.searchsorted(self.items, [items[0], items[-1] + 1])
+        own = self.items[first:last]
+        place = np.searchsorted(items, own)
+        known = items[place] == own
         where = torch.from_numpy(place[known])
-        found = of(self._side.rows[self._rows[known]])
+        found = of(self._side.rows[self._rows[first:last][known]])
         sizes = torch.bincount(where, minlength=len(items)).float()[:, None]
         sums = torch.zeros(len(items), found.shape[1]).index_add_(0, where, found)
         return sums / sizes.clamp(min=1), (sizes > 0).float()
@@ -248,8 +264,8 @@ def consensus(
     owns = {name: _ByItem(side) for name, side in sides.items()}
     for chunk in _chunks(items[order]):
         found = [own.means(chunk, outputs[name]) for name, own in owns.items()]
-        count = sum(has for _, has in found)
-        means.append(sum(mean for mean, _ in found) / count.clamp(min=1))
+        count = torch.stack([has for _, has in found]).sum(0)
+        means.append(torch.stack([mean for mean, _ in found]).sum(0) / count.clamp(min=1))
         counts.append(count[:, 0])
     back = torch.from_numpy(np.argsort(order))
     return torch.cat(means)[back], torch.cat(counts)[back]

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from csalign.adapters.kinds import is_baseline
-from csalign.cli import render
+from csalign.cli import render, side_tables
 from csalign.cli.eval_tables import evaluated
 from csalign.cli.next_steps import Step, first_free
 from csalign.core.enums import Names, renamed
@@ -35,6 +35,10 @@ SIDES = {
 def diagnosis_table(document: Document, settings: DiagnoseConfig) -> None:
     """Print the document of ``csalign diagnose``: the forecast, the objectives, then the gap."""
     features, adapter = document["features"], document.get("adapter")
+    if "sides" in document:
+        side_tables.diagnosis_tables(document)
+        render.print_closing(settings, ("train", features, "--out", first_free("run")))
+        return
     _forecast(document["forecast"], features, document.get("names"))
     if "objective" in document:
         render.print_line()

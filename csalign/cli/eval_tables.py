@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from csalign.adapters.kinds import is_baseline
-from csalign.cli import render
+from csalign.cli import render, side_tables
 from csalign.cli.next_steps import Step, first_free, has_one_width
 from csalign.core.enums import Names, renamed
 from csalign.core.figures import (
@@ -61,6 +61,8 @@ def eval_tables(document: Document, settings: EvalConfig) -> None:
             "bold",
         )
         _figures(document, "distribution")
+    elif "matrix" in document:
+        side_tables.eval_table(document, evaluated(document), every=every)
     else:
         rows = f"{counts['images']:,} images, {counts['texts']:,} texts, {counts['pairs']:,} pairs"
         render.print_line(f"{evaluated(document)}: {renamed(rows, names)}", "bold")
@@ -236,12 +238,12 @@ def _notes(document: Document, *, every: bool) -> Iterator[str]:
                 "of the CS divergence, MMD and uniformity: ± the standard error of the estimate"
             )
     yield "; ".join(notes)
-    if "retrieval" in document and not every:
+    if not every and not {"retrieval", "matrix"}.isdisjoint(document):
         yield "more with --all-figures, definitions with --explain"
 
 
 def _after_eval(document: Document, split: str | None) -> Iterator[Step]:
-    if "retrieval" not in document:
+    if {"retrieval", "matrix"}.isdisjoint(document):
         return
     features, adapter = document["features"], document["adapter"]
     if adapter is None or is_baseline(adapter):
@@ -269,6 +271,8 @@ def compare_table(document: Document, settings: CompareConfig) -> None:
         columns["difference"] = [MEAN.show_difference(**own) if own else "" for own in differences]
         columns["verdict"] = [row["verdict"] for row in rows]
     render.print_table(labels, columns)
+    if "sides" in document:
+        side_tables.compare_tables(rows, labels, document["sides"])
     columns = {}
     for key, (way, place) in COMPARED.items():
         figure = figure_of(place)
@@ -278,12 +282,14 @@ def compare_table(document: Document, settings: CompareConfig) -> None:
     for key, kind in (("parameters", ",.0f"), ("seconds", ",.1f")):
         if any(row[key] is not None for row in rows):
             columns[key] = ["-" if row[key] is None else format(row[key], kind) for row in rows]
-    render.print_line()
-    render.print_table(labels, columns)
+    if columns:
+        render.print_line()
+        render.print_table(labels, columns)
     render.print_line()
     notes = [ARROWS]
     if any(row["intervals"] for row in rows):
-        notes.append("± half of the 95 % bootstrap interval over images")
+        units = "items" if "sides" in document else "images"
+        notes.append(f"± half of the 95 % bootstrap interval over {units}")
     if any(row["difference"] for row in rows):
         notes.append("differences in points, paired, with their 95 % interval")
     render.print_wrapped("; ".join(notes))

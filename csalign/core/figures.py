@@ -141,6 +141,21 @@ def percent(share: float, digits: int = 2) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
+def by_sides(target: str, subset: str, sides: Sequence[str]) -> str:
+    """Word that items are described by a subset "a+b" of the sides other than the target.
+
+    >>> by_sides("text", "audio+image", ["audio", "image", "text", "video"])
+    'text by audio+image'
+    >>> by_sides("text", "audio+depth+image", ["audio", "depth", "image", "text", "video"])
+    'text by all but video'
+    """
+    own = subset.split("+")
+    missing = [name for name in sides if name not in own and name != target]
+    if len(own) > 2 and len(missing) < 2:
+        return f"{target} by all {'others' if not missing else f'but {missing[0]}'}"
+    return f"{target} by {subset}"
+
+
 ALL_BASELINES = 4  # with "raw"
 _BASELINES = {
     "recall": ("retrieval", "mean_recall"),

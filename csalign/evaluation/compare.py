@@ -1,51 +1,39 @@
 """``csalign compare``: several systems side by side, with paired significance intervals."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from csalign.adapters.checkpoint import read_info
 from csalign.adapters.hub import local_path
 from csalign.adapters.kinds import is_baseline
 from csalign.core.errors import ConfigError, CsalignError, DataError, ShapeError
-from csalign.core.figures import interval_place, value_at
+from csalign.core.figures import value_at
 from csalign.core.paths import is_remote
 from csalign.core.progress import Progress, reported_to, silent, within
-from csalign.core.records import parse_json
 from csalign.core.results import CompareResult
 from csalign.evaluation.config import CompareConfig, EvalConfig
+from csalign.evaluation.documents import Document, PairDocument, SidedDocument, read_document
 from csalign.evaluation.loading import Loaded, load, warn_of_trained
-from csalign.evaluation.measure import describe, measure_loaded
+from csalign.evaluation.measure import Evaluation, describe, measure_loaded
 from csalign.evaluation.protocols import AlignedRows
+from csalign.evaluation.sides.measure import (
+    SidedEvaluation,
+    is_sided,
+    measure_sides,
+    refuse_options,
+)
 from csalign.evaluation.versions import compare_versions, have_one_side
 from csalign.features.checks import warn_of_queries
+from csalign.features.reader import FeatureSet
 from csalign.features.schema import MANIFEST
-from csalign.metrics.bootstrap import Resamples
+from csalign.metrics.bootstrap import Resamples, Verdict
 from csalign.runs.metadata import find_features, read_environment
 
 log = logging.getLogger(__name__)
 
-FIGURES = {
-    "mean_recall": ("retrieval", "mean_recall"),
-    "image_to_text_R@1": ("retrieval", "image_to_text", "R@1"),
-    "text_to_image_R@1": ("retrieval", "text_to_image", "R@1"),
-    "centroid_distance": ("gap", "centroid_distance"),
-    "rmg": ("gap", "rmg"),
-    "cs_divergence": ("gap", "cs_divergence"),
-    "frechet": ("gap", "frechet"),
-    "mixed_ndcg@10": ("mixed", "ndcg@10"),
-    "same_side@10": ("mixed", "same_side@10"),
-}
-"""The compared metrics, and their places in the document of ``csalign eval --json``."""
-
-OF_GROUPS = {"v_measure": ("groups", "v_measure"), "knn": ("groups", "knn", "mean")}
-"""Further ones with labels."""
-
-REQUIRED = ("retrieval", "gap")  # blocks that documents of all versions have
 SHARED = {"allow_adapter", "any_encoder", "device", "labels", "groups"}  # options of an evaluation
 
 DECIDES = "mean_recall"  # the metric of the verdict
@@ -53,74 +41,16 @@ BASELINE = "baseline"
 NOT_PAIRED = "cannot tell (not paired)"
 APPROXIMATE = "cannot tell (approximate)"
 
-Limits = tuple[FiniteFloat, FiniteFloat]
-_Parts = list[FiniteFloat] | dict[str, FiniteFloat]
-
-
-class _Fingerprints(BaseModel):
-    features: str
-    adapter: str | None
-
-
-class _Groups(BaseModel):
-    column: str
-    v_measure: FiniteFloat
-    knn: dict[str, FiniteFloat]
-
-
-class _Document(BaseModel):
-    """The parts of a document of ``csalign eval --json`` that are needed, older ones included."""
-
-    features: str
-    adapter: str | None
-    split: str
-    names: dict[str, str] | None = None
-    counts: dict[str, int]
-    retrieval: dict[str, FiniteFloat | dict[str, FiniteFloat]]
-    gap: dict[str, FiniteFloat | dict[str, FiniteFloat | _Parts]]
-    mixed: dict[str, FiniteFloat | dict[str, FiniteFloat]] = {}
-    groups: _Groups | None = None
-    protocol: dict[str, Any] = {}
-    index: dict[str, Any] = {}
-    fingerprints: _Fingerprints | None = None
-    parameters: int | None = None
-    bandwidth: FiniteFloat | None = None
-    intervals: dict[str, Limits | dict[str, Limits | dict[str, Limits]]] = {}
-
-    @property
-    def rule(self) -> str:
-        """Name of the protocol."""
-        return str(self.protocol.get("name", "all"))
-
-    @property
-    def kind(self) -> str:
-        """Kind of the index."""
-        return str(self.index.get("kind", "exact"))
-
-    def figures(self, labels: str | None = None) -> dict[str, float | None]:
-        """Return the compared metrics, with those of groups by the column `labels` if given.
-
-        None for those that an older document lacks; TypeError if one of `REQUIRED` is missing.
-        """
-        found = self.model_dump()
-        if self.groups is not None and self.groups.column != labels:
-            del found["groups"]
-        figures: dict[str, float | None] = {}
-        for name, place in (FIGURES | (OF_GROUPS if labels else {})).items():
-            value = value_at(found, place)
-            figures[name] = None if value is None and place[0] not in REQUIRED else float(value)
-        return figures
-
 
 @dataclass
 class _Entry:
     """A system: its document, its resamples if it can be resampled, and else why it cannot."""
 
     path: Path
-    document: _Document
+    document: Document
     resamples: Resamples | None = None
     unpaired: str | None = None
-    aligned: AlignedRows | None = None  # its rows, if it was measured here
+    aligned: Any = None  # its rows, if it was measured here, for `warn_of_trained`
 
     @property
     def source(self) -> Path:
@@ -170,7 +100,9 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
         try:
             with reported_to(within(f"{path.name} ({number}/{total})")):
                 is_run = path.is_dir() or is_baseline(path)
-                entries.append(_evaluate(path, config, rows) if is_run else _read_document(path))
+                entries.append(
+                    _evaluate(path, config, rows) if is_run else _Entry(path, read_document(path))
+                )
         except ShapeError as error:
             if total == 1 or not ((path / MANIFEST).is_file() or is_baseline(path)):
                 raise
@@ -179,6 +111,14 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
         raise DataError("nothing to compare is left; pass runs")
     warn_of_trained([entry.aligned for entry in entries if entry.aligned is not None])
     names = _names(entries)
+    sides = [entry.document.sides for entry in entries]
+    for name, own in zip(names, sides, strict=True):
+        if {*own} != {*sides[0]}:
+            both = (" and ".join(one) or "images and texts" for one in (sides[0], own))
+            raise ConfigError(
+                f"{names[0]}: is measured on {next(both)}, {name} on {next(both)}; name the sides "
+                "that both have with --sides"
+            )
     baseline = _find_baseline(config.baseline, entries, names)
     _pair(entries, names, baseline, config)
     known = {entry.document.bandwidth for entry in entries if entry.document.bandwidth is not None}
@@ -189,9 +129,13 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
         _row(name, entry, baseline, config.labels)
         for name, entry in zip(names, entries, strict=True)
     ]
-    sides = entries[0].document.names
-    is_common = sides is not None and all(entry.document.names == sides for entry in entries)
-    return CompareResult({"evaluations": found} | ({"names": sides} if is_common else {}))
+    called = entries[0].document.names
+    is_common = called is not None and all(entry.document.names == called for entry in entries)
+    return CompareResult(
+        {"evaluations": found}
+        | ({"sides": sides[0]} if sides[0] else {})
+        | ({"names": called} if is_common else {})
+    )
 
 
 class _Rows(dict[tuple[Path, str | None], Loaded]):
@@ -221,34 +165,16 @@ def _evaluate(path: Path, config: CompareConfig, rows: _Rows) -> _Entry:
         features = sets[0]
     elif run is not None and features is None:
         features = find_features(run, read_info(run).data_fingerprint)
-    shared = config.model_dump(include={*SHARED, "split"})
-    options = EvalConfig(features=features, adapter=run, **shared)
+    shared = config.model_dump(include={*SHARED, "split", "sides"})
+    options = EvalConfig(features=features, adapter=run, subsets=False, **shared)
+    if is_sided(FeatureSet.open(options.feature_set), config.sides):
+        refuse_options(config, "labels", "groups")
+        sided = measure_sides(options, options)
+        found = SidedDocument.model_validate(sided.describe())
+        return _Entry(path, found, sided.resamples, aligned=sided)
     evaluation = measure_loaded(options, rows.of(options))
-    document = _Document.model_validate(describe(evaluation))
+    document = PairDocument.model_validate(describe(evaluation))
     return _Entry(path, document, evaluation.resamples, aligned=evaluation.aligned)
-
-
-def _read_document(path: Path) -> _Entry:
-    try:
-        found = parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(
-            f"{path}: no such file; write one with csalign eval --json, or pass a run"
-        ) from None
-    except ValueError:
-        found = None
-    if isinstance(found, dict) and not {"retrieval", "gap"} & found.keys():
-        for key, kind in (("distribution", "image distances"), ("zero_shot", "classification")):
-            if key in found:
-                raise DataError(f"{path}: contains {kind} only; compare needs retrieval and gap")
-    try:
-        document = _Document.model_validate(found)
-        document.figures()
-    except (ValidationError, TypeError):
-        raise DataError(
-            f"{path}: is not a document of csalign eval --json; pass such documents, or runs"
-        ) from None
-    return _Entry(path, document)
 
 
 def _names(entries: Sequence[_Entry]) -> list[str]:
@@ -293,7 +219,7 @@ def _pair(
         log.warning("not paired with the baseline, so not judged: %s", "; ".join(reasons))
 
 
-def _reason_against_pairing(document: _Document, baseline: _Document) -> str | None:
+def _reason_against_pairing(document: Document, baseline: Document) -> str | None:
     own, other = document.fingerprints, baseline.fingerprints
     if own is None or other is None:
         return "written by an older csalign eval without fingerprints"
@@ -316,27 +242,38 @@ def _resample(entry: _Entry, config: CompareConfig) -> None:
         return
     given = document.model_dump(include={"features", "adapter", "split"})
     given |= config.model_dump(include=SHARED)
+    evaluation: SidedEvaluation | Evaluation
+    aligned: SidedEvaluation | AlignedRows
     try:
-        options = EvalConfig.resolve(None, given | {"protocol": document.rule})
-        evaluation = measure_loaded(options, load(options, options.protocol))
+        options = EvalConfig.resolve(None, given | {"protocol": document.rule, "subsets": False})
+        if document.sides:
+            options = options.model_copy(update={"sides": tuple(document.sides)})
+            evaluation = aligned = measure_sides(options, options)
+        else:
+            evaluation = measure_loaded(options, load(options, options.protocol))
+            aligned = evaluation.aligned
     except CsalignError as error:
         entry.unpaired = str(error)
         return
-    for part, fingerprint in evaluation.aligned.fingerprints().items():
+    for part, fingerprint in aligned.fingerprints().items():
         if fingerprint != getattr(document.fingerprints, part):
             entry.unpaired = f"{getattr(document, part)} changed since its evaluation"
             return
     entry.resamples = evaluation.resamples
-    entry.document = _Document.model_validate(document.model_dump() | evaluation.tasks)
+    if isinstance(evaluation, Evaluation):
+        entry.document = PairDocument.model_validate(document.model_dump() | evaluation.tasks)
 
 
 def _row(name: str, entry: _Entry, baseline: _Entry, labels: str | None) -> dict[str, Any]:
     document, figures = entry.document, entry.document.figures(labels)
     known = entry.resamples.intervals() if entry.resamples else document.intervals
     intervals = {
-        name: value_at(known, _resampled(name)) for name, own in figures.items() if own is not None
+        name: value_at(known, document.resampled(name))
+        for name, own in figures.items()
+        if own is not None
     }
     difference: dict[str, Any] = {}
+    verdicts: dict[str, Verdict] = {}
     is_exact = {document.kind, baseline.document.kind} == {"exact"}
     verdict = NOT_PAIRED if is_exact else APPROXIMATE
     own, others = entry.resamples, baseline.resamples
@@ -344,11 +281,11 @@ def _row(name: str, entry: _Entry, baseline: _Entry, labels: str | None) -> dict
         verdict = BASELINE
     elif own is not None and others is not None and entry.unpaired is None:
         for figure, before in baseline.document.figures(labels).items():
-            place, value = _resampled(figure), figures[figure]
+            place, value = document.resampled(figure), figures[figure]
             if place in own.figures and before is not None and value is not None:
-                interval, _ = own.minus(others, place)
+                interval, verdicts[figure] = own.minus(others, place)
                 difference[figure] = {"value": value - before, "interval": list(interval)}
-        verdict = own.minus(others, _resampled(DECIDES))[1].value
+        verdict = verdicts[DECIDES].value
     return {
         "name": name,
         "split": document.split,
@@ -359,12 +296,18 @@ def _row(name: str, entry: _Entry, baseline: _Entry, labels: str | None) -> dict
         },
         "difference": difference,
         "verdict": verdict,
+        **({"verdicts": _of_directions(verdicts)} if document.sides else {}),
         "parameters": document.parameters,
         "seconds": _seconds(document),
     }
 
 
-def _seconds(document: _Document) -> float | None:
+def _of_directions(verdicts: Mapping[str, Verdict]) -> dict[str, str]:
+    """Return the verdicts from one side to another."""
+    return {name: own.value for name, own in verdicts.items() if name.endswith("_" + DECIDES)}
+
+
+def _seconds(document: Document) -> float | None:
     """Return the training time of a run, if it is recorded and the run is what was evaluated."""
     try:
         run = Path(document.adapter or "")
@@ -374,8 +317,3 @@ def _seconds(document: _Document) -> float | None:
         return float(read_environment(run)["seconds"]) if same else None
     except (CsalignError, OSError, ValueError, KeyError, TypeError):
         return None  # only a remark beside the metrics
-
-
-def _resampled(figure: str) -> tuple[str, ...]:
-    """Return the place of a figure among intervals and resamples."""
-    return interval_place((FIGURES | OF_GROUPS)[figure])

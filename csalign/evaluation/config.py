@@ -23,6 +23,9 @@ class AdaptedOptions(LoadOptions):
     split: str | None = Field(
         None, description="Split(s), comma-separated, or all (default: test if any, else all)."
     )
+    sides: Annotated[tuple[str, ...] | None, Words] = Field(
+        None, description="Side(s), comma-separated (default: all that the set has)."
+    )
 
 
 class SourceOptions(AdaptedOptions):
@@ -104,6 +107,9 @@ class MeasureOptions(Config):
     bandwidth: Positive = Field(0.5, description="Kernel bandwidth of the CS and MMD metrics.")
     index: Literal["exact", "ivf", "hnsw"] = Field(
         "exact", description="Rank all items, or the 100 nearest by an approximate FAISS index."
+    )
+    subsets: bool = Field(
+        True, description="With three sides or more, also retrieve by several of them at once."
     )
     intervals: bool = Field(True, description="95 % bootstrap intervals over images.")
     resamples: int = Field(1_000, ge=100, le=100_000, description="Bootstrap resamples.")

@@ -1,6 +1,7 @@
 """``csalign diagnose``: what can be foretold, the conflict within the loss, and the gap's parts."""
 
 import logging
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ from csalign.evaluation.config import DiagnoseConfig
 from csalign.evaluation.forecast import forecast
 from csalign.evaluation.loading import load_aligned, with_features
 from csalign.evaluation.protocols import AlignedRows
+from csalign.evaluation.sides.diagnose import diagnose_sides, write_pair
+from csalign.evaluation.sides.measure import is_sided
 from csalign.features.join import ALL
 from csalign.features.reader import FeatureSet
+from csalign.features.sides import chosen_sides
 from csalign.metrics.gap import centroid_distance, frechet_distance, uniformity
 from csalign.objective.divergences import cs_terms
 from csalign.objective.pairwise import alignment_uniformity
@@ -94,6 +98,8 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> Result:
     there = features.splits()
     learned = ",".join(name for name in ("train", "val") if name in there)
     split = config.split or (learned if "train" in there else ALL)
+    if is_sided(features, config.sides):
+        return DiagnoseResult(_diagnose_sides(features, config, split))
     document: dict[str, Any] = {"forecast": forecast(features, split, seed=config.seed)}
     if config.adapter is not None or features.images.width == features.texts.width:
         document = {**_analyse(config), **document}
@@ -107,6 +113,20 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> Result:
     if config.report is not None:
         write_diagnosis(config.report, document)
     return DiagnoseResult(document)
+
+
+def _diagnose_sides(features: FeatureSet, config: DiagnoseConfig, split: str) -> dict[str, Any]:
+    """Diagnose all sides of a set by pairs, or two named ones as images and texts are."""
+    if len(chosen_sides(features, config.sides)) > 2:
+        return diagnose_sides(features, config, split)
+    with tempfile.TemporaryDirectory(prefix="csalign-") as parent:
+        folder = Path(parent, features.path.name)
+        write_pair(features, config, split, folder)
+        pair = {"features": folder, "sides": None, "split": ALL}
+        found = diagnose(config.model_copy(update=pair))
+    own = {"features": str(features.path), "split": split}
+    found["forecast"]["split"] = split
+    return {**found, **{key: value for key, value in own.items() if key in found}}
 
 
 def _analyse(config: DiagnoseConfig) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from csalign.evaluation.baselines import measure_baselines
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.loading import load_aligned, with_features
 from csalign.evaluation.measure import describe, extras_of, measure
+from csalign.evaluation.sides.measure import SidesResult, evaluate_sides, is_sided
 from csalign.features import join
 from csalign.features.checks import check_directions
 from csalign.features.reader import FeatureSet
@@ -78,7 +79,8 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> EvalResult:
     else:
         with distributed.process_group():
             document = _evaluate_features(with_features(config), unwritten)
-    result = EvalResult(document | ({"explanations": explain(document)} if config.explain else {}))
+    kind = SidesResult if "matrix" in document else EvalResult
+    result = kind(document | ({"explanations": explain(document)} if config.explain else {}))
     for error in unwritten:
         error.result = result
         raise error
@@ -92,7 +94,10 @@ def _evaluate_features(config: EvalConfig, unwritten: list[OutputError]) -> dict
         from csalign.evaluation.page import check_report, write_report
 
         check_report(config)
-    if config.zero_shot is not None and FeatureSet.open(config.feature_set).texts.info is None:
+    features = FeatureSet.open(config.feature_set)
+    if is_sided(features, config.sides):
+        return distributed.broadcast(lambda: evaluate_sides(config, unwritten))
+    if config.zero_shot is not None and features.texts.info is None:
         return distributed.broadcast(lambda: _classify_images(config))
     if distributed.is_main_process() or config.index == "exact":
         evaluation = measure(config)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from csalign.adapters.checkpoint import AdapterInfo, read_info
 from csalign.adapters.kinds import is_baseline
@@ -88,7 +88,7 @@ def align(source: SourceOptions, loaded: Loaded) -> AlignedRows:
     return AlignedRows(
         *(features, split, rows, images, texts, source.adapter, info.weights_sha256),
         parameters=sum(adapter.parameter_counts().values()),
-        is_trained=_is_trained(features, info, split),
+        is_trained=is_trained_on(features, info, split),
     )
 
 
@@ -99,10 +99,11 @@ def load_aligned(source: SourceOptions, *, images_only: bool = False) -> Aligned
     return aligned
 
 
-def warn_of_trained(systems: Sequence[AlignedRows]) -> None:
+def warn_of_trained(systems: Sequence[Any]) -> None:
     """Warn once of the adapters that were trained on rows they are measured on, or may have been.
 
-    That is unknown where the features were divided into other splits after the training.
+    That is unknown where the features were divided into other splits after the training. Systems
+    have the attributes of `AlignedRows` that are not rows.
     """
     for kind, message in _TRAINED.items():
         adapted = (own for own in systems if own.adapter is not None)
@@ -146,7 +147,7 @@ def embed(
     return check_aligned(embed_rows(adapter, side, rows, features), ids, name, run)
 
 
-def _is_trained(features: FeatureSet, info: AdapterInfo, split: str) -> bool | None:
+def is_trained_on(features: FeatureSet, info: AdapterInfo, split: str) -> bool | None:
     """Return whether an adapter was trained on rows of a split; None if that is unknown."""
     fingerprint = features.manifest.fingerprint()
     if not same_rows(info.data_fingerprint, fingerprint):

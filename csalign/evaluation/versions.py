@@ -115,9 +115,10 @@ def compare_versions(config: CompareConfig, systems: Sequence[Path]) -> Versions
 
 
 def _side(path: Path) -> Modality | None:
-    """Return the only side of a feature set; None if it has both or no rows."""
-    counts = read_manifest(path).counts
-    if bool(counts.images) == bool(counts.texts):
+    """Return the only side of a feature set, images or texts; None if it has others or no rows."""
+    manifest = read_manifest(path)
+    counts = manifest.counts
+    if manifest.sides or bool(counts.images) == bool(counts.texts):
         return None
     return Modality.IMAGE if counts.images else Modality.TEXT
 

@@ -44,6 +44,17 @@ class Resampled(Protocol):
         """
 
 
+class ByQuery(Protocol):
+    """Ranks of queries, of which figures are means."""
+
+    @property
+    def first(self) -> Ints:
+        """Rank of the best match of each query, (q,)."""
+
+    def by_query(self) -> dict[str, Array]:
+        """Return the contribution of each query, (q,), by figure."""
+
+
 @dataclass(frozen=True)
 class FoldMeans:
     """Means of the same figures of several folds: the images of each, and what was measured."""
@@ -140,7 +151,7 @@ def resample(
     units = Units.of(len(images), text_image)
     gap = _GapSums.of(images, texts, units)
     directions = [
-        _RetrievalSums.of(direction, owners, units)
+        RetrievalSums.of(direction, owners, units)
         for direction, owners in zip(ranks, (units.queried, units.owners), strict=True)
     ]
     parts, done = [], 0
@@ -157,16 +168,24 @@ def resample(
         done += len(weights)
         tick("bootstrap: resamples", done, resamples)
     figures = {place: np.concatenate([part[place] for part in parts]) for place in parts[0]}
-    # A resampled mean strays from its mean, which adds to its squared distance from anything; where
-    # the gap is narrow, the measured distance would be outside of its own interval.
     measured = gap.figures(np.ones((1, units.count), np.int64))[CENTROID]
-    squares = np.square(figures[CENTROID])
-    figures[CENTROID] = np.sqrt(np.maximum(0, squares - squares.mean() + np.square(measured)))
+    figures[CENTROID] = centred_distances(figures[CENTROID], measured)
     for own in further:
         for place, value in own.figures(np.ones((1, units.count), np.int64)).items():
             if place in BIASED:
                 figures[place] += value - figures[place].mean()
     return Resamples(figures, len(units.queried))
+
+
+def centred_distances(resampled: Doubles, measured: Doubles) -> Doubles:
+    """Shift resampled distances of centroids, so that their mean square is that measured, (1,).
+
+    A resampled mean strays from its mean, which adds to its squared distance from anything; where
+    the gap is narrow, the measured distance would be outside of its own interval.
+    """
+    squares = np.square(resampled)
+    found: Doubles = np.sqrt(np.maximum(0, squares - squares.mean() + np.square(measured)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -218,7 +237,7 @@ class Units:
 
 
 @dataclass(frozen=True)
-class _RetrievalSums:
+class RetrievalSums:
     """Ranks of one direction: sums by unit of the figures, queries by unit, and sorted ranks."""
 
     sums: dict[str, Doubles]
@@ -227,19 +246,24 @@ class _RetrievalSums:
     owners: Ints
 
     @classmethod
-    def of(cls, ranks: DirectionRanks, owners: Ints, units: Units) -> "_RetrievalSums":
+    def of(cls, ranks: ByQuery, owners: Ints, units: Units) -> "RetrievalSums":
+        """Sum the figures of queries, (q,), by the unit that owns each."""
         sums = {name: units.total(owners, values) for name, values in ranks.by_query().items()}
         order = np.argsort(ranks.first, kind="stable")
         return cls(sums, units.total(owners), ranks.first[order], owners[order])
 
-    def figures(self, weights: Ints) -> dict[str, Doubles]:
+    def figures(self, weights: Array) -> dict[str, Doubles]:
         """Compute each figure on each resample, from weights (resamples, units)."""
         count = weights @ self.queries
-        means = weights.astype(np.float64) @ np.stack(list(self.sums.values()), axis=1)
-        found = {name: column / count for name, column in zip(self.sums, means.T, strict=True)}
-        return found | {"median_rank": self._medians(weights, count)}
+        return self.means(weights) | {"median_rank": self._medians(weights, count)}
 
-    def _medians(self, weights: Ints, count: Doubles) -> Doubles:
+    def means(self, weights: Array) -> dict[str, Doubles]:
+        """Compute the figures that are means over queries on each resample."""
+        count = weights @ self.queries
+        means = weights.astype(np.float64, copy=False) @ np.stack(list(self.sums.values()), axis=1)
+        return {name: column / count for name, column in zip(self.sums, means.T, strict=True)}
+
+    def _medians(self, weights: Array, count: Doubles) -> Doubles:
         """Compute the median rank of each resample, of count (resamples,) queries."""
         n = len(self.first)
         middles = (count - 1) // 2, count // 2
@@ -251,8 +275,9 @@ class _RetrievalSums:
             places = [(below <= middle[:, None]).sum(1) for middle in middles]
             if start == 0 or (places[0].min() > 0 and places[1].max() < stop - start):
                 break
-        medians: Doubles = sum(self.first[start + place] for place in places) / 2
-        return medians
+        last = len(self.first) - 1  # where no query is drawn
+        medians = sum(self.first[np.minimum(start + place, last)] for place in places) / 2
+        return np.where(count > 0, medians, np.nan)
 
 
 @dataclass(frozen=True)
@@ -290,7 +315,9 @@ class _GapSums:
         twice_x, twice_y, _ = (np.square(wide) @ self.counts).T
         centroids = sum_x / images[:, None] - sum_y / texts[:, None]
         alignment = wide @ self.squares / paired
-        within = (_within(sum_x, images, twice_x) + _within(sum_y, texts, twice_y)) / 2
+        within = (
+            distance_within(sum_x, images, twice_x) + distance_within(sum_y, texts, twice_y)
+        ) / 2
         total = alignment / 4 + within
         return {
             CENTROID: np.linalg.norm(centroids, axis=1),
@@ -299,7 +326,7 @@ class _GapSums:
         }
 
 
-def _within(sums: Doubles, rows: Doubles, twice: Doubles) -> Doubles:
+def distance_within(sums: Doubles, rows: Doubles, twice: Doubles) -> Doubles:
     """Compute the mean of (1 - cos) / 2 over the pairs of different rows of each resample.
 
     sums is the (r, d) sum of the rows drawn, rows their number, and twice the sum of the squares of

@@ -53,6 +53,22 @@ groups.knn.majority :: share of the largest class of the labelled rows
 groups.knn.* :: accuracy of the vote of the 10 neighbours of highest cosine on the other side, five
     folds by image; image_to_text is learned from images and tested on texts :: Cover and Hart 1967;
     scikit-learn
+sides :: sides that are measured
+matrix.*.queries :: rows whose item has a row on the other side
+matrix.*.gallery :: rows of the other side in the split
+matrix.*.mean_recall :: mean of R@1, R@5 and R@10 in this direction
+mean_recall :: mean of R@1, R@5 and R@10 over all directions
+subsets.*.best_side :: the side of the highest mean recall with the target, both ways
+subsets.*.gain :: mean recall of query_weighted less that of best_single
+subsets.*.query_weighted.* :: retrieval of rows t of a side for items of several sides z_m, by
+    sum_m w_m t.z_m / |sum_m w_m z_m|, w_m = exp(t.z_m / 0.1), over the sides that an item has;
+    from_target: of items for rows; mean_recall: both ways :: SCALAR, arXiv 2609.15335
+subsets.*.mean.* :: the same with w_m = 1: the cosine with the mean of the item's sides
+subsets.*.sum.* :: the same by the mean of the cosines with the item's sides
+subsets.*.best_single.* :: the same by the cosine with one side, the best that an item has in the
+    order of their mean recalls with the target
+effective_rank.* :: exp of the entropy of the centred rows' singular values over their sum ::
+    Roy and Vetterli 2007
 *.mean_recall :: mean of R@1, R@5 and R@10 in both directions
 *.true_recall@K :: mean over queries of the share of the matches that are among the first K ::
     Manning et al. 2008; mteb's recall_at_k
@@ -136,6 +152,8 @@ def explain(document: dict[str, Any]) -> dict[str, dict[str, str]]:
     Raises:
         KeyError: a figure has no explanation.
     """
+    if "matrix" in document:  # of any pair of sides, the figures of a gap are those of two
+        document = document | {"gap": next(iter(next(iter(document["gap"].values())).values()))}
     found: dict[str, str] = {}  # the first place of each pattern
     for place in _places(document):
         if place.startswith("corrected."):
@@ -153,6 +171,8 @@ def explain(document: dict[str, Any]) -> dict[str, dict[str, str]]:
 
 def _name(place: str, pattern: str) -> str | None:
     """Return the name of the figures that a pattern explains, None if they are not figures."""
+    if pattern.startswith("subsets."):
+        return pattern.split(".")[2].replace("_", " ")
     try:
         label = figure_of(place).label
     except KeyError:

@@ -8,7 +8,7 @@ pairs of rows are estimated by landmarks, with standard errors, and the linear c
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,21 +54,68 @@ def gap_suite(
         seed: of the sampling above `max_rows` rows and of the classifier's folds.
         max_rows: rows per side up to which all pairs of rows are computed.
     """
-    images, texts = torch.from_numpy(x), torch.from_numpy(y)
-    paired = np.flatnonzero(text_image >= 0)
-    pairs = torch.from_numpy(text_image[paired]), torch.from_numpy(paired)
     rng = np.random.default_rng(seed)
-    rows_x, rows_y = (
-        np.sort(rng.choice(n, min(n, max_rows), replace=False)) for n in (len(x), len(y))
-    )
+    samples = _samples(x, y, max_rows, rng)
+    paired = np.flatnonzero(text_image >= 0)
+    folds = pair_folds(len(x), text_image, rng)
+    return _figures(x, y, (text_image[paired], paired), samples, folds, sigma, seed)
+
+
+def gap_of_items(
+    x: Array,
+    y: Array,
+    items: tuple[Ints, Ints],
+    pairs: tuple[Ints, Ints],
+    *,
+    sigma: float,
+    seed: int,
+    max_rows: int = MAX_ROWS,
+) -> dict[str, Any]:
+    """Compute what `gap_suite` does for two sides with any number of rows per item.
+
+    Args:
+        x: (n, d), unit rows, "image" in the figures by side.
+        y: (m, d), unit rows, "text" in the figures by side.
+        items: number of the item of each row, (n,) and (m,).
+        pairs: all pairs of rows that share an item, (k,) and (k,); without any "alignment" and
+            "rmg" are None.
+        sigma: bandwidth of the CS and MMD figures.
+        seed: of the sampling above `max_rows` rows and of the classifier's folds.
+        max_rows: rows per side up to which all pairs of rows are computed.
+    """
+    rng = np.random.default_rng(seed)
+    samples = _samples(x, y, max_rows, rng)
+    of_item = rng.permutation(1 + max(int(own.max(initial=0)) for own in items)) % 5
+    folds = of_item[items[0]], of_item[items[1]]
+    found = _figures(x, y, pairs, samples, folds, sigma, seed)
+    return found if len(pairs[0]) else found | {"alignment": None, "rmg": None}
+
+
+def _samples(x: Array, y: Array, max_rows: int, rng: np.random.Generator) -> list[Ints]:
+    """Draw at most `max_rows` rows per side, ascending."""
+    return [np.sort(rng.choice(n, min(n, max_rows), replace=False)) for n in (len(x), len(y))]
+
+
+def _figures(
+    x: Array,
+    y: Array,
+    pairs: tuple[Ints, Ints],
+    samples: Sequence[Ints],
+    folds: tuple[Ints, Ints],
+    sigma: float,
+    seed: int,
+) -> dict[str, Any]:
+    images, texts = torch.from_numpy(x), torch.from_numpy(y)
+    matched = torch.from_numpy(pairs[0]), torch.from_numpy(pairs[1])
+    rows_x, rows_y = samples
     few_x, few_y = images[rows_x], texts[rows_y]
-    folds_x, folds_y = pair_folds(len(x), text_image, rng)
+    folds_x, folds_y = folds
     tick("covariances")
     moments = _Moments.of(images), _Moments.of(texts)
     (rank_x, spectrum_x), (rank_y, spectrum_y) = (_spectrum(own.root) for own in moments)
     figures, errors = _kernel_figures(images, texts, (few_x, few_y), sigma, seed)
     tick("gap")
-    apart = alignment(images, texts, pairs)
+    apart = alignment(images, texts, matched)
     parts = _frechet_parts(*moments)
     return {
         "centroid_distance": math.sqrt(parts["centroid"]),

@@ -13,8 +13,8 @@ from csalign.adapters.kinds import is_baseline
 from csalign.adapters.model import Adapter
 from csalign.core.arrays import Array, Ints
 from csalign.core.devices import pick_device
-from csalign.core.enums import Modality
-from csalign.core.errors import DataError, ShapeError
+from csalign.core.enums import AnySide, Modality, side_of
+from csalign.core.errors import ConfigError, DataError, ShapeError
 from csalign.core.progress import tick
 from csalign.features import schema
 from csalign.features.arrays import IN_MEMORY
@@ -50,6 +50,17 @@ def load_run(run: Path, allow: str | None = None) -> tuple[Adapter, AdapterInfo]
     return loaded
 
 
+def named_sides(features: FeatureSet, names: Collection[str]) -> tuple[AnySide, ...]:
+    """Return the sides of a set that are named, in its order; ConfigError if it lacks one."""
+    named = [side_of(name.strip()) for name in names]
+    if missing := [side for side in named if side not in features.sides]:
+        raise ConfigError(
+            f"{features.path}: has no {missing[0].plural}; its sides are "
+            f"{', '.join(features.sides) or 'none'}"
+        )
+    return tuple(side for side in features.sides if side in named)
+
+
 def load_adapter_for(
     features: FeatureSet,
     run: Path,
@@ -57,33 +68,53 @@ def load_adapter_for(
     *,
     fitted_on: FeatureSet | None = None,
     measured: str | None = None,
+    sides: Sequence[AnySide] = tuple(Modality),
 ) -> tuple[Adapter, AdapterInfo]:
     """Load the adapter of a run, for features of the encoders it was trained on.
 
     The name of a baseline, where no folder has it, stands for that baseline fitted on `fitted_on`
-    (default: `features`), of which `measured` are the splits that are measured. Raises as
-    `load_run`, `check_encoders`, `check_features` and `load_baseline` do.
+    (default: `features`), of which `measured` are the splits that are measured; `sides` are those
+    that are embedded. Raises as `load_run`, `check_encoders`, `check_features` and
+    `load_baseline` do.
     """
     if is_baseline(run):
+        if further := [side for side in sides if side not in [*Modality]]:
+            raise ConfigError(
+                f"--adapter {run}: fits images and texts only, not {', '.join(further)}; pass a "
+                f"run: csalign train {features.path} --out RUN"
+            )
         adapter, info = load_baseline(run.name, fitted_on or features, measured=measured)
     else:
         adapter, info = load_run(run, options.allow_adapter)
-    check_encoders(features, run, info, any_encoder=options.any_encoder)
-    check_features(features, run, adapter)
+    check_encoders(features, run, info, any_encoder=options.any_encoder, sides=sides)
+    check_features(features, run, adapter, sides=sides)
     return adapter.to(pick_device(options.device)), info
 
 
 def check_features(
-    features: FeatureSet, run: Path, adapter: Adapter, tokens: Collection[Modality] = ()
+    features: FeatureSet,
+    run: Path,
+    adapter: Adapter,
+    tokens: Collection[AnySide] = (),
+    *,
+    sides: Sequence[AnySide] = tuple(Modality),
 ) -> None:
     """Raise DataError or ShapeError unless features have the widths, and tokens, of training.
 
-    Tokens are needed of the sides in `tokens`, and of those that embed with tokens.
+    Tokens are needed of the sides in `tokens`, and of those that embed with tokens. `sides` are
+    those that are embedded; ConfigError if the adapter lacks one of them.
     """
-    for side in Modality:
-        table, own = features.table(side), adapter.side(side)
+    for side in sides:
+        table = features.table(side)
         if table.info is None:
             continue
+        if side not in adapter.names:
+            raise ConfigError(
+                f"{features.path}: has the side {side}, the adapter {run} maps "
+                f"{', '.join(adapter.names)}; select some of these with --sides, or add it: "
+                f"csalign train {features.path} --add-side {side} --into {run} --out RUN"
+            )
+        own = adapter.side(side)
         if table.width != own.shape.input_width:
             raise ShapeError(
                 f"{features.path}: {side} embeddings are {table.width} wide, the adapter {run} "
@@ -105,7 +136,12 @@ def check_features(
 
 
 def check_encoders(
-    features: FeatureSet, run: Path, info: AdapterInfo, *, any_encoder: bool = False
+    features: FeatureSet,
+    run: Path,
+    info: AdapterInfo,
+    *,
+    any_encoder: bool = False,
+    sides: Sequence[AnySide] = tuple(Modality),
 ) -> None:
     """Compare the encoders of features with those that a run was trained on; see `check_encoder`.
 
@@ -116,8 +152,8 @@ def check_encoders(
         return
     pairs = {
         side: (own, info.encoder(side))
-        for side in Modality
-        if (own := features.table(side).info) is not None
+        for side in sides
+        if side in info.adapters and (own := features.table(side).info) is not None
     }
     check_encoder(pairs, str(features.path), f"{run} was trained on", any_encoder=any_encoder)
 
@@ -149,7 +185,8 @@ def check_encoder(
     doubts = []
     for side, (found, known) in pairs.items():
         needed = remedy.format(side=side, spec=public_spec(known.spec))
-        if ":" not in known.spec and "{spec}" in remedy:  # a label of import, not to be loaded
+        is_loaded = ":" in known.spec and side in [*Modality]  # else a label of import
+        if not is_loaded and "{spec}" in remedy:
             needed = "import embeddings of that encoder, or train on these features"
         problem, doubt = _differences(found, known, reference, needed)
         if problem and not any_encoder:
@@ -247,7 +284,7 @@ def check_aligned(rows: Array, ids: Sequence[Any], name: str, run: object = None
 
 def stream_aligned(
     features: FeatureSet,
-    side: Modality,
+    side: AnySide,
     adapter: Adapter | None,
     rows: Ints | None,
     batch_size: int,
@@ -256,7 +293,7 @@ def stream_aligned(
     keep_tokens: bool = False,
 ) -> Iterator[Rows]:
     """Align some rows (ascending) of a side, in batches: unit rows (n, width) float32."""
-    side, table = Modality.of(side), features.table(side)
+    side, table = side_of(side), features.table(side)
     with_tokens = adapter is not None and (keep_tokens or adapter.side(side).embeds_with_tokens)
     size = min(batch_size, ROWS_WITH_TOKENS) if with_tokens else batch_size
     columns = {schema.ID, schema.EMBEDDING, *strings, *([schema.TOKENS] if with_tokens else [])}

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from csalign.adapters.canonical import PairMoments
-from csalign.adapters.generalised import GeneralForm, SideInput, SideMoments, add_side
+from csalign.adapters.generalised import GeneralForm, SideInput, SideMoments, add_side, consensus
 from csalign.adapters.side import UnitRows
 from csalign.core.arrays import Array, Floats
+from csalign.core.errors import DataError
 
 RNG = np.random.default_rng(0)
 UNIT = UnitRows()
@@ -123,7 +124,8 @@ def test_without_ridge_and_missing_sides_the_directions_are_those_of_the_eigenpr
         for name, own in zip(WIDTHS, units, strict=True)
     ]
     # Sum of covariances of all pairs by the sum of variances: the eigenvalue of the direction.
-    total, alone = sum(z).square().mean(0), sum(own.square().mean(0) for own in z)
+    joint_z = torch.stack(z)
+    total, alone = joint_z.sum(0).square().mean(0), joint_z.square().mean(1).sum(0)
     assert (total / alone - 1).numpy() == pytest.approx(expected, abs=1e-3)
 
 
@@ -176,6 +178,24 @@ def test_a_side_that_shares_no_direction_does_not_disturb_the_others() -> None:
     pair = fitted(inputs({"image": TRAIN, "text": TRAIN}))
 
     assert recall(form, "image", "text") > recall(pair, "image", "text") - 0.03
+
+
+def test_sides_that_nothing_relates_are_refused() -> None:
+    apart = inputs({"audio": TRAIN[:100], "image": TRAIN[100:], "text": TRAIN[200:]})
+    with pytest.raises(DataError, match="sides audio share no item with image, text, so that"):
+        SideMoments.of(apart)
+
+
+def test_consensus_is_the_mean_over_the_sides_that_an_item_has() -> None:
+    rows = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]], np.float32)
+    sides = {
+        "audio": SideInput(rows, np.array([7, 7, 3])),
+        "text": SideInput(rows, np.array([-1, 7, 5])),
+    }
+    means, counts = consensus(sides, dict.fromkeys(sides, UNIT), np.array([7, 9, 3]))
+
+    np.testing.assert_allclose(means, [[0.25, 0.75], [0.0, 0.0], [0.6, 0.8]], atol=1e-6)
+    assert counts.tolist() == [2, 0, 1]
 
 
 def test_a_new_side_comes_near_the_outputs_of_the_others() -> None:

@@ -8,8 +8,9 @@ import pytest
 
 from csalign import inspect
 from csalign.core.errors import ConfigError, DataError, SchemaError, ShapeError
-from csalign.evaluation.compare import FIGURES, OF_GROUPS, compare
+from csalign.evaluation.compare import compare
 from csalign.evaluation.config import CompareConfig, EvalConfig
+from csalign.evaluation.documents import FIGURES, OF_GROUPS
 from csalign.evaluation.evaluate import evaluate
 from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ImportConfig
