@@ -98,6 +98,12 @@ def load_sides_data(
             f"{rows.name}: no item has rows of two of the sides {', '.join(rows.sides)}; import "
             "them again with --pairs, or name other sides with --sides"
         )
+    for side, own in rows.sides.items():
+        if not (together & ~held_out)[own.items].any():
+            raise DataError(
+                f"{rows.name}: no row of {side} belongs to an item with another side; leave it out "
+                "with --sides, or import it again with --pairs"
+            )
     if val_split is None:
         held_out = hold_out(rows, keys, seed)
     val = rows.take(_some(held_out & together, seed)) if (held_out & together).any() else None

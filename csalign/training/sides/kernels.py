@@ -32,6 +32,7 @@ class Chosen(NamedTuple):
     kernel: SidesSetting | None  # None for the network alone
     share: float  # of the kernels in cosines
     score: Score | None  # None if the network stays alone
+    network: str = "network"  # what it is for people, such as its closed form
 
     @property
     def words(self) -> str:
@@ -39,15 +40,21 @@ class Chosen(NamedTuple):
         if self.kernel is None:
             return ""
         percent = round(100 * self.share)
-        both = f"network {100 - percent} %, {self.kernel.name} {percent} %"
-        return both if self.share < 1 else f"{self.kernel.name}, instead of the network"
+        both = f"{self.network} {100 - percent} %, {self.kernel.name} {percent} %"
+        return both if self.share < 1 else f"{self.kernel.name}, instead of the {self.network}"
 
 
 ALONE = Chosen(None, 0.0, None)
 
 
 def choose_kernels(
-    network: Adapter, starts: Starts, setting: Setting, *, joins: bool, seconds: float
+    network: Adapter,
+    starts: Starts,
+    setting: Setting,
+    name: str,
+    *,
+    joins: bool,
+    seconds: float,
 ) -> Chosen:
     """Fit kernels, and choose on validation: the network, the kernels, or both.
 
@@ -58,6 +65,7 @@ def choose_kernels(
         network: trained without what is held out.
         starts: its rows and closed forms.
         setting: of its closed form.
+        name: of the network for people.
         joins: whether both may stand side by side, twice as wide.
         seconds: that it may take, with a fit on all rows.
     """
@@ -90,12 +98,12 @@ def choose_kernels(
         shown[share] = measure_sides(_joined(own, other, share))
     share = max(shown, key=lambda own: shown[own].score.mean_recall)
     errors = 1.0 if len(alone.recalls) >= ENOUGH_IMAGES else 2.0
-    chosen = Chosen(best[1], share, shown[share].score)
+    chosen = Chosen(best[1], share, shown[share].score, name)
     chosen = chosen if shown[share].beats(alone, errors) else ALONE
-    recalls = {"network": alone, "kernels": shown.pop(1.0)}
+    recalls = {name: alone, "kernels": shown.pop(1.0)}
     recalls |= {f"both at {round(100 * own)} %": found for own, found in shown.items()}
     text = ", ".join(f"{name} {100 * own.score.mean_recall:.1f} %" for name, own in recalls.items())
-    log.info("parts: %s (val R %s)", chosen.words or "the network alone", text)
+    log.info("parts: %s (val R %s)", chosen.words or f"the {name} alone", text)
     return chosen
 
 

@@ -153,7 +153,8 @@ class SidesWork(Timed):
             return Trained(adapter, adapter, decided, "", refit)
         starts, setting = self._of_seed(self.config.seed), decided.setting
         joins, seconds = self.config.width is None, self.seconds_left
-        chosen = choose_kernels(networks[0], starts, setting, joins=joins, seconds=seconds)
+        name = "network" if decided.best else "closed form"
+        chosen = choose_kernels(networks[0], starts, setting, name, joins=joins, seconds=seconds)
         leave_out = None if data.refits else data.held_out
         adapter = assemble_sides(chosen, networks[-1], starts, setting, leave_out)
         if chosen.score is not None:
@@ -180,19 +181,15 @@ class SidesWork(Timed):
 
 
 def sides_work(config: TrainConfig) -> SidesWork | None:
-    """Prepare to train on several sides; None if a set or the options name images and texts alone.
+    """Prepare to train on several sides; None to train on images and texts alone.
 
     Raises:
         ConfigError: options have no meaning for these sides.
         DataError: see `load_sides_data`; or a set is of other encoders than the run to add to.
     """
     features = FeatureSet.open(config.features)
-    if config.sides is None and not features.is_sided:
-        check_two(config)
-        return None
-    sides = chosen_sides(features, config.sides)
-    if {*sides} == {*Modality}:
-        check_two(config)
+    sides = several_sides(config, features)
+    if sides is None:
         return None
     base = None
     if config.add_side is not None and config.into is not None:
@@ -211,6 +208,20 @@ def sides_work(config: TrainConfig) -> SidesWork | None:
     data = replace(data, rows=_aligned(base, data.rows), val=held and _aligned(base, held))
     log.info("adding %s to %s, through %s", added[0], config.into, ", ".join(rows))
     return SidesWork(config, data, kinds, base)
+
+
+def several_sides(config: TrainConfig, features: FeatureSet) -> tuple[AnySide, ...] | None:
+    """Return the sides to train on; None if a set has, or the options name, images and texts.
+
+    Raises:
+        ConfigError: the set has no such sides, or options need other sides.
+    """
+    if config.sides is not None or features.is_sided:
+        sides = chosen_sides(features, config.sides)
+        if {*sides} != {*Modality}:
+            return sides
+    check_two(config)
+    return None
 
 
 def _sides_with(
