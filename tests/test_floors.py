@@ -59,7 +59,6 @@ ONLY_DOORS = {
         "features/pages.py",
         "features/reader.py",
         "features/schema.py",
-        "features/sides.py",
         "features/splits.py",
         "features/writer.py",
         "ingest/repeats.py",
