@@ -240,6 +240,8 @@ def _call_text(name: str, settings: Config) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(own) for name, own in value.items()}
     if isinstance(value, tuple):
         return [_plain(own) for own in value]
     return value if value is None or isinstance(value, bool | int | float) else str(value)

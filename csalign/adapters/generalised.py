@@ -22,8 +22,7 @@ from csalign.core.arrays import Array, Doubles, Ints
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 
-MAX_COMPONENTS = 1_024  # principal components of a side; beyond, the ridge leaves little
-MAX_TOTAL = 4_096  # of all sides together, if that leaves `LEAST_COMPONENTS` for each
+MAX_COMPONENTS = 4_096  # principal components of all sides, if that leaves each as many as
 LEAST_COMPONENTS = 256
 ITEMS_AT_ONCE = 4_096
 PLAIN = UnitRows()
@@ -85,8 +84,8 @@ class SideMoments:
     def of(cls, sides: Mapping[str, SideInput]) -> "SideMoments":
         """Accumulate the moments in two passes over the rows.
 
-        A side's mean and covariance are those of all its rows, with or without partner. Beyond
-        `MAX_COMPONENTS` principal components, or fewer of many sides, its dimensions are dropped.
+        A side's mean and covariance are those of all its rows, with or without partner. Of
+        its principal components the first 2,048 of two sides, 1,024 of four and so on are kept.
 
         Args:
             sides: by name, at least 2, each with at least 1 row to use.
@@ -94,7 +93,7 @@ class SideMoments:
         Raises:
             DataError: sides share no item with the others, directly or through a third.
         """
-        limit = min(MAX_COMPONENTS, max(LEAST_COMPONENTS, MAX_TOTAL // len(sides)))
+        limit = max(LEAST_COMPONENTS, MAX_COMPONENTS // len(sides))
         spectra = {name: _spectrum(side, limit) for name, side in sides.items()}
         widths = [len(own.values) for own in spectra.values()]
         total, count = sum(widths), len(sides)
@@ -147,14 +146,15 @@ class SideMoments:
         maps = [scale[:, None] * part for scale, part in zip(scales, parts, strict=True)]
         # With a ridge the deviations of a direction differ between the sides, beyond the part that
         # each takes in it. They become equal, and for two sides every inner product stays.
-        taken = [torch.linalg.vector_norm(part, dim=0).clamp(min=TINY) for part in parts]
-        spread = torch.stack(
+        taken = torch.stack([torch.linalg.vector_norm(part, dim=0) for part in parts])
+        variances = torch.stack(
             [
-                (own.values @ part.square()).clamp(min=TINY).sqrt() / norm
+                own.values @ (part / norm.clamp(min=TINY)).square()
                 for own, part, norm in zip(spectra, maps, taken, strict=True)
             ]
         )
-        balance = spread.log().mean(0).exp() / spread
+        spread = variances.clamp(min=TINY).sqrt()
+        balance = (taken.square() * spread.log()).sum(0).exp() / spread
         for power in powers:
             sides = {}
             for (name, own), part, factor in zip(self.spectra.items(), maps, balance, strict=True):

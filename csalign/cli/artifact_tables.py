@@ -12,7 +12,7 @@ from csalign.cli.render import print_closing, print_line, print_rows, print_wrap
 from csalign.cli.tables import CENTROID, RECALL, best_words, index_words, search_step
 from csalign.core import results
 from csalign.core.config import Config
-from csalign.core.enums import renamed
+from csalign.core.enums import Modality, renamed
 from csalign.core.errors import CsalignError
 from csalign.core.figures import counted, percent
 from csalign.runs.config import ApplyConfig
@@ -186,9 +186,9 @@ def _inspected_run(document: Mapping[str, Any]) -> Inspected:
         if values := [figure.show(score[name]) for score in scores if name in score]:
             rows[figure.heading] = f"{values[-1]} on validation (start {values[0]})"
     if document["refit"]:
-        rows["refit"] = "on all {pairs:,} pairs; the figures are those before it".format(
-            **document["refit"]
-        )
+        noun = "pairs" if {*document["adapters"]} <= {*Modality} else "items"
+        count = document["refit"]["pairs"]
+        rows["refit"] = f"on all {count:,} {noun}; the figures are those before it"
     rows["size"] = decimal(document["bytes"])
     following = [("eval", features, "--adapter", document["path"])] if features else []
     return "run, valid", rows, [*following]

@@ -193,6 +193,8 @@ def _inspect_run(folder: Path) -> dict[str, Any]:
     settings, environment = metadata.read_settings(run), metadata.read_environment(run)
     lines = metadata.read_lines(run)
     scores = [line for line in lines if "validation" in line]
+    typed = settings.get("features")  # bind takes several, or none
+    features = typed if isinstance(typed, str) else environment.get(metadata.FEATURES)
     return {
         "kind": "run",
         "path": str(folder),
@@ -201,7 +203,7 @@ def _inspect_run(folder: Path) -> dict[str, Any]:
         "kinds": {side: shape.title for side, shape in info.adapters.items()},
         "shares": adapter.shares,
         "parameters": adapter.parameter_counts(),
-        "features": settings.get("features"),
+        "features": features,
         "steps": _last_step(lines),
         "seconds": environment.get("seconds"),
         "bytes": _bytes(folder),

@@ -23,7 +23,7 @@ from csalign.features.writer import FeatureWriter, Rows
 
 PART_ROWS = 1_000_000  # per file of clip-retrieval
 NOTE = "aligned.json"
-FOLDERS = {Modality.IMAGE: "img_emb", Modality.TEXT: "text_emb"}
+FOLDERS: dict[AnySide, str] = {Modality.IMAGE: "img_emb", Modality.TEXT: "text_emb"}
 
 Shapes = Mapping[AnySide, tuple[int, int]]
 

@@ -222,7 +222,7 @@ class _Rows:
         """
         features = self.features
         if not features.is_sided:
-            return item_columns(features, self.joined, side)
+            return item_columns(features, self.joined, Modality.of(side))
         rows, table = self.numbers[side], features.table(side)
         stored = schema.string_columns(side)
         found = {

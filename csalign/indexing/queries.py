@@ -200,8 +200,8 @@ class QueryEncoder:
                 "--embedding: the adapter of this index needs tokens, which an embedding does not "
                 f"have; query with --{self.side}"
             )
-        path, _, row = value.partition(".npy:")
-        path = Path(f"{path}.npy" if row else value)
+        file, _, row = value.partition(".npy:")
+        path = Path(f"{file}.npy" if row else value)
         rows, first = _read_array(path), int(row or 0)
         if first >= len(rows):
             raise DataError(

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice, zip_longest
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from csalign.indexing.manifest import (
     read_items,
     take_item,
 )
-from csalign.indexing.queries import QueryEncoder, asked_queries
+from csalign.indexing.queries import Queries, QueryEncoder, asked_queries
 from csalign.indexing.vectors import VectorIndex, load_correction
 from csalign.report.page import Entry, Section, write_page
 from csalign.report.thumbnails import Pictures
@@ -109,7 +109,9 @@ def _find_all(
     progress: Progress,
 ) -> Iterator[Document]:
     done = 0
-    for parts in zip_longest(*(encoder.queries() for encoder in encoders), fillvalue=((), ())):
+    none: Queries = ((), np.empty((0, 0), np.float32))
+    asked = zip_longest(*(encoder.queries() for encoder in encoders), fillvalue=none)
+    for parts in cast(Iterator[Sequence[Queries]], asked):
         names, rows = parts[0]
         if config.queries:
             names = _names(config, [own for own, _ in parts])

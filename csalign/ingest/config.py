@@ -154,6 +154,16 @@ def _name_sides(value: Any) -> Any:
 Sided = BeforeValidator(_name_sides)
 
 
+def _changed(config: Config, kept: set[str]) -> list[str]:
+    """Return the options, other than those that are kept, that differ from their default."""
+    fields = type(config).model_fields.items()
+    return sorted(
+        config.shown(name)
+        for name, field in fields
+        if name not in kept and getattr(config, name) != field.get_default()
+    )
+
+
 class EncodedSideOptions(Config):
     """Sides to encode, where they are not images and texts alone."""
 
@@ -201,8 +211,7 @@ class ExtractConfig(
         kept |= {"retry_failures", "strict"}.union(
             *(own.model_fields for own in (OutputConfig, SplitOptions, ExecutionOptions))
         )
-        others = sorted(self.shown(name) for name in self.model_fields_set - kept)
-        if self.side is not None and others:
+        if self.side is not None and (others := _changed(self, kept)):
             raise ConfigError(
                 f"{', '.join(others)}: cannot be used with --side; name encoders and columns by "
                 "--side NAME=ENCODER@COLUMN"
@@ -347,9 +356,9 @@ class ImportConfig(
             for name in ("add", "encoder"):
                 if getattr(self, name):
                     raise ConfigError(f"--{name}: needs --side, such as --side audio=audio.npy")
-        elif others := [self.shown(name) for name in self.model_fields_set - kept]:
+        elif others := _changed(self, kept):
             raise ConfigError(
-                f"{', '.join(sorted(others))}: cannot be used with --side; name sides by --side "
+                f"{', '.join(others)}: cannot be used with --side; name sides by --side "
                 "image=FILE --side text=FILE, their encoders by --encoder NAME=SPEC, and store ids "
                 "and captions beside the embeddings or in --pairs"
             )

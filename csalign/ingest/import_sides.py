@@ -191,6 +191,8 @@ def _dtype(config: ImportConfig, old: FeatureSet | None, vectors: Any) -> str:
                 f"--dtype {config.dtype}: all sides of {config.out} are {old.manifest.dtype}; omit "
                 "it, or import all sides again"
             )
+        if old.manifest.dtype == "float16" and not all(own.is_half for own in vectors):
+            logger.info("stored as float16, as the other sides of %s", config.out)
         return old.manifest.dtype
     is_half = all(own.is_half for own in vectors)
     return config.dtype or ("float16" if is_half else "float32")

@@ -149,7 +149,8 @@ def resample(
         of `further`.
     """
     units = Units.of(len(images), text_image)
-    gap = _GapSums.of(images, texts, units)
+    items, pairs = (np.arange(len(images)), units.of_text), (units.owners, units.paired)
+    gap = GapSums.of(images, texts, items, pairs, units)
     directions = [
         RetrievalSums.of(direction, owners, units)
         for direction, owners in zip(ranks, (units.queried, units.owners), strict=True)
@@ -281,11 +282,11 @@ class RetrievalSums:
 
 
 @dataclass(frozen=True)
-class _GapSums:
-    """Rows of both sides as sums by unit: images (images, d) and texts (units, d) float32.
+class GapSums:
+    """Rows of both sides as sums by unit, (at most units, d) float32.
 
-    counts is (units, 3): images, texts, and texts with an image; squares (units,) the sum of the
-    squared distances of a unit's pairs.
+    counts is (units, 3): rows of the first side, of the second, and pairs; squares (units,) the sum
+    of the squared distances of a unit's pairs.
     """
 
     images: Floats
@@ -294,18 +295,27 @@ class _GapSums:
     squares: Doubles
 
     @classmethod
-    def of(cls, images: Floats, texts: Floats, units: Units) -> "_GapSums":
-        summed = np.zeros((units.count, texts.shape[1]), np.float32)
-        rows = torch.from_numpy(units.of_text), torch.from_numpy(texts)
-        torch.from_numpy(summed).index_add_(0, *rows)
-        members = (np.arange(units.images), units.of_text, units.owners)
-        pairs = torch.from_numpy(units.owners), torch.from_numpy(units.paired)
-        distances = pair_distances(torch.from_numpy(images), rows[1], pairs).numpy()
-        counts = np.stack([units.total(rows) for rows in members], axis=1)
-        return cls(images, summed, counts, units.total(units.owners, distances))
+    def of(
+        cls,
+        images: Floats,
+        texts: Floats,
+        items: tuple[Ints, Ints],
+        pairs: tuple[Ints, Ints],
+        units: Units,
+    ) -> "GapSums":
+        """Sum rows (n, d) and (m, d) by the units of theirs, and their pairs of rows."""
+        x, y, *matched = map(torch.from_numpy, (images, texts, *pairs))
+        owners = items[0][pairs[0]]
+        distances = pair_distances(x, y, (matched[0], matched[1])).numpy()
+        counts = np.stack([units.total(rows) for rows in (*items, owners)], axis=1)
+        sums = (_summed(*own, units.count) for own in zip((images, texts), items, strict=True))
+        return cls(*sums, counts, units.total(owners, distances))
 
     def figures(self, weights: Ints) -> dict[Place, Doubles]:
-        """Compute each figure on each resample, from weights (resamples, units)."""
+        """Compute each figure on each resample, from weights (resamples, units).
+
+        "rmg" and "alignment" are not finite if there are no pairs.
+        """
         narrow, wide = torch.from_numpy(weights).float(), weights.astype(np.float64)
         sum_x, sum_y = (
             product(narrow[:, : len(rows)], torch.from_numpy(rows).T).double().numpy()
@@ -315,18 +325,25 @@ class _GapSums:
         twice_x, twice_y, _ = (np.square(wide) @ self.counts).T
         centroids = sum_x / images[:, None] - sum_y / texts[:, None]
         alignment = wide @ self.squares / paired
-        within = (
-            distance_within(sum_x, images, twice_x) + distance_within(sum_y, texts, twice_y)
-        ) / 2
+        within = (_within(sum_x, images, twice_x) + _within(sum_y, texts, twice_y)) / 2
         total = alignment / 4 + within
         return {
             CENTROID: np.linalg.norm(centroids, axis=1),
-            ("rmg",): np.divide(alignment / 4, total, out=np.zeros_like(total), where=total > 0),
+            ("rmg",): np.divide(alignment / 4, total, out=0 * total, where=total > 0),
             ("alignment",): alignment,
         }
 
 
-def distance_within(sums: Doubles, rows: Doubles, twice: Doubles) -> Doubles:
+def _summed(rows: Floats, units: Ints, count: int) -> Floats:
+    """Sum rows by their units, (count, d); row i as unit i needs no sum, (n, d)."""
+    if np.array_equal(units, np.arange(len(units))):
+        return rows
+    summed = np.zeros((count, rows.shape[1]), np.float32)
+    torch.from_numpy(summed).index_add_(0, torch.from_numpy(units), torch.from_numpy(rows))
+    return summed
+
+
+def _within(sums: Doubles, rows: Doubles, twice: Doubles) -> Doubles:
     """Compute the mean of (1 - cos) / 2 over the pairs of different rows of each resample.
 
     sums is the (r, d) sum of the rows drawn, rows their number, and twice the sum of the squares of

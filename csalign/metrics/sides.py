@@ -7,7 +7,6 @@ none. A query counts if its item is in the gallery, and its hit is any row of th
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -20,14 +19,13 @@ from csalign.features.checks import scaled
 from csalign.metrics.bootstrap import (
     CELLS,
     CENTROID,
+    GapSums,
     Place,
     Resamples,
     RetrievalSums,
     Units,
     centred_distances,
-    distance_within,
 )
-from csalign.metrics.gap import pair_distances
 from csalign.metrics.retrieval import RECALL_AT, STEP
 from csalign.objective.products import product
 
@@ -40,7 +38,6 @@ LEAST_NORM = 1e-6  # of a weighted sum of unit rows
 
 Scores = Callable[[Ints], Iterator[tuple[Place, Tensor]]]
 Pair = tuple[str, str]
-Both = tuple["FirstRanks", "FirstRanks"]
 
 
 class Points(NamedTuple):
@@ -74,13 +71,6 @@ class FirstRanks(NamedTuple):
             "queries": len(self.first),
             "gallery": self.gallery,
         }
-
-
-class SubsetRanks(NamedTuple):
-    """Ranks by a subset of sides: of the target's rows for items, and of items for its rows."""
-
-    scores: dict[str, Both]  # by the names of `SCORES`
-    best_side: str  # the first of "best_single"
 
 
 def mean_of_recalls(ranks: Sequence[FirstRanks]) -> float:
@@ -176,7 +166,7 @@ def rank_by_subsets(
     device: torch.device | None = None,
     *,
     strip_bytes: int = STRIP_BYTES,
-) -> dict[str, SubsetRanks]:
+) -> dict[Place, FirstRanks]:
     """Rank rows of one side against items that are described by some of the other sides.
 
     An item is described by the sides of a subset that it has, each by the normalised mean of its
@@ -197,31 +187,29 @@ def rank_by_subsets(
         strip_bytes: size of the tables of scores that are held at a time, about.
 
     Returns:
-        By the sorted names of a subset, joined by "+".
+        By subset, its sorted names joined by "+", and score: of the target's rows for items; and
+        with "from_target" at the end of the place, of items for the target's rows.
     """
     device = device or torch.device("cpu")
     names = sorted({name for subset in subsets for name in subset})
     vectors, has = zip(*(describe_items(sides[name], count) for name in names), strict=True)
     kept, own = np.flatnonzero(np.any(has, axis=0)), sides[target]
     described = _Described.of([rows[kept] for rows in vectors], np.stack(has)[:, kept], device)
-    members = {"+".join(sorted(own)): [names.index(name) for name in own] for own in subsets}
-    ways = [
-        described.rank(own.rows, kept, own.items, members, strip_bytes, of_items=True),
-        described.rank(own.rows, own.items, kept, members, strip_bytes, of_items=False),
-    ]
-    result = {}
+    members = {"+".join(sorted(one)): [names.index(name) for name in one] for one in subsets}
+    given = own.rows, own.items, kept, members, strip_bytes
+    forth, back = (described.rank(*given, of_items=of_items) for of_items in (True, False))
+    ranks: dict[Place, FirstRanks] = {}
     for name, subset in members.items():
         is_in = np.any([has[k] for k in subset], axis=0)
-
-        def taken(score: str, name: str = name, is_in: Mask = is_in) -> Both:
-            ranks = []
-            for (items, found), size in zip(ways, (len(own.items), int(is_in.sum())), strict=True):
-                first, asked = found.get((name, score), items), is_in[items]
-                ranks.append(FirstRanks(np.minimum(first, size)[asked], items[asked], size))
-            return ranks[0], ranks[1]
-
-        result[name] = SubsetRanks({score: taken(score) for score in SCORES}, names[subset[0]])
-    return result
+        for score in SCORES:
+            for (items, found), way, size in (
+                (forth, (), len(own.items)),
+                (back, (FROM_TARGET,), int(is_in.sum())),
+            ):
+                asked = is_in[items]
+                first = np.minimum(found.get((name, score), items), size)
+                ranks[name, score, *way] = FirstRanks(first[asked], items[asked], size)
+    return ranks
 
 
 @dataclass(frozen=True)
@@ -242,36 +230,29 @@ class _Described:
     def rank(
         self,
         targets: Floats,
-        queries: Ints,
-        gallery: Ints,
+        target_items: Ints,
+        items: Ints,
         members: Mapping[str, Sequence[int]],
         strip_bytes: int,
         *,
         of_items: bool,
     ) -> tuple[Ints, dict[Place, Ints]]:
-        """Rank by all scores, in one direction; queries and gallery are items of rows.
+        """Rank the targets for the items (k,), or the other way, by all scores.
 
         Returns:
             Item of each query, and ranks by subset and score.
         """
-        m, g, device = len(self.vectors), len(gallery), self.gram.device
-        step = _step(len(queries), g, strip_bytes // (4 * m + m * (m + 1) // 2 + 4))
-        if of_items:
-            x, y = [torch.from_numpy(own).to(device) for own in self.vectors], [targets]
-        else:
-            x, y = [torch.from_numpy(targets).to(device)], [*self.vectors]
-        items = [_padded(rows, device) for rows in y]
+        m, device, rows = len(self.vectors), self.gram.device, [targets] * len(self.vectors)
+        queries, gallery = (items, target_items) if of_items else (target_items, items)
+        left, right = (self.vectors, rows) if of_items else (rows, self.vectors)
+        x = [torch.from_numpy(own).to(device) for own in left]
+        y = [_padded(own, device) for own in right]
+        step, g = _step(len(queries), len(gallery), strip_bytes // (5 * m + m * m)), len(gallery)
 
         def scores(part: Ints) -> Iterator[tuple[Place, Tensor]]:
-            cosines = torch.stack(
-                [_cosines(x[k % len(x)], part, items[k % len(y)], step)[:, :g] for k in range(m)]
-            )
-            if of_items:
-                some = torch.from_numpy(part).to(device)
-                return _scores(
-                    cosines, self.present[:, some, None], self.gram[:, :, some, None], members
-                )
-            return _scores(cosines, self.present[:, None], self.gram[:, :, None], members)
+            cosines = torch.stack([_cosines(x[k], part, y[k], step)[:, :g] for k in range(m)])
+            some = (torch.from_numpy(part).to(device), None) if of_items else (None, slice(None))
+            return _scores(cosines, self.present[:, *some], self.gram[:, :, *some], members)
 
         asked, found = _rank(scores, queries, gallery, step)
         return queries[asked], found
@@ -314,23 +295,10 @@ def _sum(tables: Iterable[Tensor]) -> Tensor:
     return reduce(torch.add, tables)
 
 
-@dataclass(frozen=True)
-class Ranked:
-    """All ranks of some sides."""
-
-    matrix: dict[Pair, FirstRanks]  # from the rows of the first side to those of the second
-    subsets: dict[str, dict[str, SubsetRanks]]  # by target, and by the names of a subset
-
-    @property
-    def mean_recall(self) -> float:
-        """Mean of R@1, R@5 and R@10 over all directions that have queries."""
-        return mean_of_recalls([*self.matrix.values()])
-
-
 def resample_sides(
     sides: Mapping[str, Points],
     count: int,
-    ranked: Ranked,
+    ranks: Mapping[Place, FirstRanks],
     pairs: Mapping[Pair, tuple[Ints, Ints]],
     *,
     resamples: int,
@@ -344,124 +312,68 @@ def resample_sides(
     Args:
         sides: rows of each side.
         count: number of items.
-        ranked: ranks of these rows.
+        ranks: by place in the document: ("matrix", a, b), ("subsets", target, subset, score) and
+            the same with "from_target".
         pairs: all pairs of rows of two sides that share an item; each pair of sides once.
         resamples: how many.
         seed: of the draws.
 
     Returns:
-        Figures by their place in the document: ("matrix", a, b, "R@1"), ("mean_recall",),
-        ("gap", a, b, "centroid_distance") with "rmg" and "alignment", ("subsets", target, subset,
-        score, "R@1"), ("subsets", target, subset, "gain") and more.
+        Figures by place in the document: those of all ranks, such as ("matrix", a, b, "R@1"),
+        ("mean_recall",), ("gap", a, b, "centroid_distance"), likewise "rmg" and "alignment",
+        ("subsets", target, subset, "gain").
     """
     has = [np.bincount(own.items, minlength=count) > 0 for own in sides.values()]
     units = Units.of(count, np.flatnonzero(np.sum(has, axis=0) > 1))
-    gap = _GapSums.of(sides, pairs, units)
-
-    def sums_of(ranks: FirstRanks) -> RetrievalSums:
-        return RetrievalSums.of(ranks, ranks.owners, units)
-
-    asked = {pair: own for pair, own in ranked.matrix.items() if len(own.first)}
-    matrix: dict[Place, RetrievalSums] = {
-        ("matrix", *pair): sums_of(own) for pair, own in asked.items()
+    gaps = {
+        (a, b): GapSums.of(
+            sides[a].rows, sides[b].rows, (sides[a].items, sides[b].items), pairs[a, b], units
+        )
+        for a, b in pairs
     }
-    subsets: dict[Place, list[RetrievalSums]] = {
-        ("subsets", target, name, score): [*map(sums_of, both)]
-        for target, found in ranked.subsets.items()
-        for name, own in found.items()
-        for score, both in own.scores.items()
-        if len(both[0].first)
+    sums = {
+        place: RetrievalSums.of(own, own.owners, units)
+        for place, own in ranks.items()
+        if len(own.first)
     }
     parts: list[dict[Place, Doubles]] = []
-    done, longest = 0, max([count, *(len(own.first) for own in asked.values())])
+    done, longest = 0, max([count, *(len(own.first) for own in ranks.values())])
     for drawn in units.draws(resamples, seed, max(1, CELLS // longest)):
-        weights = drawn.astype(np.float64)
-        with np.errstate(divide="ignore", invalid="ignore"):  # no row of a side may be drawn
-            part, recalls = gap.figures(weights), []
-            for place, sums in matrix.items():
-                found = sums.figures(weights)
-                part |= {(*place, name): values for name, values in found.items()}
-                recalls.append(_recall(found))
-                part[*place, MEAN_RECALL] = recalls[-1]
-            for place, (to_target, from_target) in subsets.items():
-                forth, back = to_target.means(weights), from_target.means(weights)
-                part |= {(*place, name): values for name, values in forth.items()}
-                part |= {(*place, FROM_TARGET, name): values for name, values in back.items()}
-                part[*place, MEAN_RECALL] = (_recall(forth) + _recall(back)) / 2
-        for place in {place[:3] for place in subsets}:
-            own, best = (part[*place, score, MEAN_RECALL] for score in (SCORES[0], SCORES[-1]))
-            part[*place, "gain"] = own - best
-        if recalls:
-            part[MEAN_RECALL,] = np.nanmean(recalls, axis=0)
-        parts.append(part)
-        done += len(weights)
+        parts.append(_figures(drawn, sums, gaps))
+        done += len(drawn)
         tick("bootstrap: resamples", done, resamples)
     figures = {place: np.concatenate([part[place] for part in parts]) for place in parts[0]}
     for values in figures.values():
         is_drawn = np.isfinite(values)
         if not is_drawn.all() and is_drawn.any():
             values[~is_drawn] = values[is_drawn].mean()
-    for place, values in gap.figures(np.ones((1, count))).items():
+    for place, measured in _figures(np.ones((1, count), np.int64), {}, gaps).items():
         if place[-1:] == CENTROID:
-            figures[place] = centred_distances(figures[place], values)
+            figures[place] = centred_distances(figures[place], measured)
     known = {place: values for place, values in figures.items() if np.isfinite(values).all()}
     return Resamples(known, len(units.queried))
 
 
-def _recall(found: Mapping[str, Doubles]) -> Doubles:
-    mean: Doubles = np.mean([found[f"R@{k}"] for k in RECALL_AT], axis=0)
-    return mean
-
-
-@dataclass(frozen=True)
-class _GapSums:
-    """Rows of each side as sums by item, (count, d) float32, and their numbers, (count,).
-
-    pairs is the sum of the squared distances of an item's pairs of rows of two sides, and their
-    number, (count, 2).
-    """
-
-    sums: dict[str, Floats]
-    rows: dict[str, Doubles]
-    pairs: dict[Pair, Doubles]
-
-    @classmethod
-    def of(
-        cls, sides: Mapping[str, Points], pairs: Mapping[Pair, tuple[Ints, Ints]], units: Units
-    ) -> "_GapSums":
-        sums, rows, squares = {}, {}, {}
-        for name, own in sides.items():
-            into = torch.zeros(units.count, own.rows.shape[1])
-            into.index_add_(0, torch.from_numpy(own.items), torch.from_numpy(own.rows))
-            sums[name], rows[name] = into.numpy(), units.total(own.items)
-        for (a, b), (of_a, of_b) in pairs.items():
-            if len(of_a):
-                x, y = (torch.from_numpy(sides[name].rows) for name in (a, b))
-                matched = torch.from_numpy(of_a), torch.from_numpy(of_b)
-                distances = pair_distances(x, y, matched).numpy()
-                items = sides[a].items[of_a]
-                both = units.total(items, distances), units.total(items)
-                squares[a, b] = np.stack(both, axis=1)
-        return cls(sums, rows, squares)
-
-    def figures(self, weights: Doubles) -> dict[Place, Doubles]:
-        """Compute each figure on each resample, from weights (resamples, items)."""
-        narrow, squared = torch.from_numpy(weights).float(), np.square(weights)
-        found: dict[Place, Doubles] = {}
-        means, within = {}, {}
-        for name, sums in self.sums.items():
-            total = product(narrow, torch.from_numpy(sums).T).double().numpy()
-            rows = weights @ self.rows[name]
-            means[name] = total / rows[:, None]
-            within[name] = distance_within(total, rows, squared @ self.rows[name])
-        for a, b in combinations(self.sums, 2):
-            own: dict[str, Doubles] = {CENTROID[0]: np.linalg.norm(means[a] - means[b], axis=1)}
-            if (a, b) in self.pairs:
-                squares, pairs = (weights @ self.pairs[a, b]).T
-                own["alignment"] = squares / pairs
-                across = own["alignment"] / 4
-                total = across + (within[a] + within[b]) / 2
-                own["rmg"] = np.divide(across, total, out=np.zeros_like(total), where=total > 0)
-            for pair in ((a, b), (b, a)):
-                found |= {("gap", *pair, name): values for name, values in own.items()}
-        return found
+@np.errstate(divide="ignore", invalid="ignore")  # no row of a side may be drawn
+def _figures(
+    drawn: Ints, sums: Mapping[Place, RetrievalSums], gaps: Mapping[Pair, GapSums]
+) -> dict[Place, Doubles]:
+    """Compute all figures on some resamples, from how often each item was drawn."""
+    weights, part = drawn.astype(np.float64), dict[Place, Doubles]()
+    for (a, b), gap in gaps.items():
+        for (name,), values in gap.figures(drawn).items():
+            part |= {("gap", *pair, name): values for pair in ((a, b), (b, a))}
+    for place, own in sums.items():
+        found = own.figures(weights) if place[0] == "matrix" else own.means(weights)
+        found[MEAN_RECALL] = np.mean([found[f"R@{k}"] for k in RECALL_AT], axis=0)
+        part |= {(*place, name): values for name, values in found.items()}
+    for place in sums:
+        if place[-1] == FROM_TARGET:
+            score = (*place[:-1], MEAN_RECALL)
+            part[score] = (part[score] + part[*place, MEAN_RECALL]) / 2
+    for place in {place[:3] for place in sums if place[-1] == FROM_TARGET}:
+        own_recall, best = (part[*place, name, MEAN_RECALL] for name in (SCORES[0], SCORES[-1]))
+        part[*place, "gain"] = own_recall - best
+    if recalls := [part[*place, MEAN_RECALL] for place in sums if place[0] == "matrix"]:
+        part[MEAN_RECALL,] = np.nanmean(recalls, axis=0)
+    return part

@@ -106,9 +106,9 @@ def holder(sides: Sequence[Tensor], sigma: Sigma) -> Tensor:
     sizes, rows = [len(side) for side in sides], torch.cat(list(sides))
     squares, values = squared_distances(rows, rows), []
     for width in bandwidths(sigma):
-        kernels = squares.mul(-0.5 / width**2).split(sizes, 1)
+        kernels = torch.split(squares.mul(-0.5 / width**2), sizes, 1)
         densities = torch.stack([_log_mean(own, 1) for own in kernels], 1)  # of each row, logs
-        parts = densities.split(sizes)
+        parts = torch.split(densities, sizes)
         powers = [_log_mean((count - 1) * part[:, m]) for m, part in enumerate(parts)]
         products = [_log_mean(part.sum(1) - part[:, m]) for m, part in enumerate(parts)]
         values.append(torch.stack(powers).sum() - count * _log_mean(torch.stack(products)))

@@ -264,6 +264,7 @@ def _card(
     ]
     lines = read_lines(folder)
     shares, refit = adapter.shares, find_refit(lines)
+    noun = "pairs" if {*adapter.names} <= {*Modality} else "items"
     facts = {
         "data fingerprint (SHA-256)": info.data_fingerprint,
         "weights (SHA-256)": info.weights_sha256,
@@ -277,7 +278,7 @@ def _card(
         "optimiser step": str(info.step),
         "logit scale": f"{info.logit_scale:.4g}",
         "kernel bandwidth": str(info.bandwidth),
-        **({"refit": f"on all {refit['pairs']:,} pairs"} if refit else {}),
+        **({"refit": f"on all {refit['pairs']:,} {noun}"} if refit else {}),
         "csalign": info.csalign_version,
     }
     card = {

@@ -52,7 +52,7 @@ def load_run(run: Path, allow: str | None = None) -> tuple[Adapter, AdapterInfo]
 
 def named_sides(features: FeatureSet, names: Collection[str]) -> tuple[AnySide, ...]:
     """Return the sides of a set that are named, in its order; ConfigError if it lacks one."""
-    named = [side_of(name.strip()) for name in names]
+    named = [features.table(name.strip()).modality for name in names]
     if missing := [side for side in named if side not in features.sides]:
         raise ConfigError(
             f"{features.path}: has no {missing[0].plural}; its sides are "

@@ -127,7 +127,8 @@ def _by_table(sides: Sequence[SideKeys], table: Labels) -> Items:
     if missing := next((own.name for own in sides if own.is_new and own.name not in cells), None):
         raise DataError(
             f"{table.name}: names no rows of {missing} (columns: {', '.join(table.names)})"
-            f"{did_you_mean(missing, table.names)}; add a column {missing}"
+            f"{did_you_mean(missing, table.names)}; add "
+            + (f"lines of side {missing}" if is_long else f"a column {missing}")
         )
     read = {name: _find_rows(table, by_name[plain_name(name)], *cells[name]) for name in cells}
     rows = {name: found for name, (found, _) in read.items()}

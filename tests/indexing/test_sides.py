@@ -153,7 +153,9 @@ def test_a_query_that_cannot_be_used_is_named(
 
 
 def test_what_an_index_cannot_do_is_said(sided: Sided, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="has no video; its sides are image, text, audio, depth"):
+    with pytest.raises(
+        ConfigError, match="has no side 'video'; its sides are image, text, audio, depth"
+    ):
         indexed(sided, tmp_path / "index", side="video")
     with pytest.raises(ConfigError, match="centre: has a mean for the items and one for the quer"):
         indexed(sided, tmp_path / "index", correct="centre")

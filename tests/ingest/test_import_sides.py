@@ -422,6 +422,14 @@ def test_two_sides_are_copied_by_item_with_their_splits(
     assert pair.images.strings("split").equals(audio.strings("split"))
 
 
+def test_the_saved_configuration_imports_again(files: dict[str, Path], tmp_path: Path) -> None:
+    run(files, "audio,text,image\n1,t1,100\n", encoder={"audio": "laion/clap"})
+    saved = tmp_path / "set" / "config.toml"
+    import_arrays(ImportConfig.resolve(saved, {"out": tmp_path / "again"}))
+
+    assert FeatureSet.open(tmp_path / "again").manifest.sides["audio"].encoder.spec == "laion/clap"
+
+
 def test_an_existing_set_is_not_replaced(files: dict[str, Path], tmp_path: Path) -> None:
     lines = "audio,text,image\n1,t1,100\n"
     run(files, lines)

@@ -6,13 +6,13 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from csalign.metrics.bootstrap import Verdict, resample
+from csalign.metrics.bootstrap import Place, Verdict, resample
 from csalign.metrics.gap import centroid_distance, relative_modality_gap
 from csalign.metrics.retrieval import mean_recall, rank_both_ways
 from csalign.metrics.sides import (
     SCORES,
+    FirstRanks,
     Points,
-    Ranked,
     describe_items,
     mean_of_recalls,
     rank_by_subsets,
@@ -144,18 +144,18 @@ def test_scores_of_subsets_equal_those_by_their_formula(strip_bytes: int) -> Non
 
     target = sides["a"]
     matches = np.arange(COUNT)[:, None] == target.items
-    assert [*found] == ["b+c", "b+d", "c+d", "b+c+d"]
+    assert [*dict.fromkeys(name for name, *_ in found)] == ["b+c", "b+d", "c+d", "b+c+d"]
     for subset in subsets:
-        items, own = described(sides, subset), found["+".join(sorted(subset))]
+        items, name = described(sides, subset), "+".join(sorted(subset))
         there = np.array([bool(parts) for parts in items])
         for score in SCORES:
             table = np.array([[brute_score(score, t, z) for t in target.rows] for z in items])
             asked, rows = there & matches.any(1), there[target.items]
             forth = brute_ranks(table[asked], matches[asked], np.ones(len(rows), bool))
             back = brute_ranks(table.T[rows], matches.T[rows], there)
-            assert [one.first.tolist() for one in own.scores[score]] == [forth, back]
-            assert [one.gallery for one in own.scores[score]] == [len(rows), there.sum()]
-        assert own.best_side == subset[0]
+            both = found[name, score], found[name, score, "from_target"]
+            assert [one.first.tolist() for one in both] == [forth, back]
+            assert [one.gallery for one in both] == [len(rows), there.sum()]
 
 
 def test_sides_that_share_no_item_have_no_queries_by_subsets() -> None:
@@ -164,8 +164,8 @@ def test_sides_that_share_no_item_have_no_queries_by_subsets() -> None:
 
     found = rank_by_subsets(sides, 2 * COUNT, "a", [("b", "c")])
 
-    for ranks in found["b+c"].scores.values():
-        assert [len(own.first) for own in ranks] == [0, 0]
+    assert len(found) == 2 * len(SCORES)
+    assert all(len(ranks.first) == 0 for ranks in found.values())
 
 
 def test_an_item_is_described_by_the_mean_of_its_rows() -> None:
@@ -177,15 +177,15 @@ def test_an_item_is_described_by_the_mean_of_its_rows() -> None:
     assert has.tolist() == [True, False, True]
 
 
-def ranked_of(sides: dict[str, Points]) -> Ranked:
-    matrix = {(a, b): rank_rows(sides[a], sides[b]) for a, b in permutations(sides, 2)}
-    subsets = {
-        target: rank_by_subsets(
-            sides, COUNT, target, [tuple(n for n in sorted(sides) if n != target)]
-        )
-        for target in sides
+def ranked_of(sides: dict[str, Points]) -> dict[Place, FirstRanks]:
+    found: dict[Place, FirstRanks] = {
+        ("matrix", a, b): rank_rows(sides[a], sides[b]) for a, b in permutations(sides, 2)
     }
-    return Ranked(matrix, subsets)
+    for target in sides:
+        others = tuple(name for name in sorted(sides) if name != target)
+        own = rank_by_subsets(sides, COUNT, target, [others])
+        found |= {("subsets", target, *place): ranks for place, ranks in own.items()}
+    return found
 
 
 def pairs_of(sides: dict[str, Points]) -> dict[tuple[str, str], tuple[Array, Array]]:
@@ -205,12 +205,14 @@ def test_resampled_figures_surround_the_measured_ones() -> None:
     sides = made(3, "abc")
     ranked, found = ranked_of(sides), drawn(sides)
 
-    for pair, ranks in ranked.matrix.items():
+    for place, ranks in ranked.items():
         for name, value in ranks.summary().items():
-            if name not in ("queries", "gallery"):
-                low, high = np.quantile(found.figures["matrix", *pair, name], [0.001, 0.999])
+            is_two_way = place[0] == "subsets" and name in ("mean_recall", "median_rank")
+            if name not in ("queries", "gallery") and not is_two_way:
+                low, high = np.quantile(found.figures[*place, name], [0.001, 0.999])
                 assert low <= value <= high
-    assert found.figures["mean_recall",].mean() == pytest.approx(ranked.mean_recall, abs=0.01)
+    mean = mean_of_recalls([own for place, own in ranked.items() if place[0] == "matrix"])
+    assert found.figures["mean_recall",].mean() == pytest.approx(mean, abs=0.01)
     for (a, b), (rows_a, rows_b) in pairs_of(sides).items():
         x, y = (torch.from_numpy(sides[name].rows).double() for name in (a, b))
         matched = torch.from_numpy(rows_a), torch.from_numpy(rows_b)
@@ -234,10 +236,10 @@ def test_intervals_of_two_sides_are_todays() -> None:
     x, owners = unit(rng.normal(size=(COUNT, 8))), np.repeat(np.arange(COUNT), 2)
     y = unit(x[owners] + 0.5 * rng.normal(size=(2 * COUNT, 8)))
     sides = {"image": Points(x, np.arange(COUNT)), "text": Points(y, owners)}
-    matrix = {(a, b): rank_rows(sides[a], sides[b]) for a, b in permutations(sides, 2)}
+    matrix = {("matrix", a, b): rank_rows(sides[a], sides[b]) for a, b in permutations(sides, 2)}
 
     old = resample(rank_both_ways(x, y, owners), x, y, owners, resamples=200, seed=5)
-    new = resample_sides(sides, COUNT, Ranked(matrix, {}), pairs_of(sides), resamples=200, seed=5)
+    new = resample_sides(sides, COUNT, matrix, pairs_of(sides), resamples=200, seed=5)
 
     for name in ("centroid_distance", "rmg", "alignment"):
         assert new.figures["gap", "image", "text", name] == pytest.approx(old.figures[name,])
@@ -279,13 +281,6 @@ def test_order_of_sides_items_and_rows_changes_nothing() -> None:
 
     one, other = ranked_of(sides), ranked_of(moved)
 
-    for pair, ranks in one.matrix.items():
-        assert other.matrix[pair].summary() == pytest.approx(ranks.summary())
-    for target in sides:
-        names = "+".join(n for n in sides if n != target)
-        ((key, own),) = other.subsets[target].items()
-        before = one.subsets[target][names]
-        assert (set(key), own.best_side) == (set(names), before.best_side)
-        for score in SCORES:
-            for new, old in zip(own.scores[score], before.scores[score], strict=True):
-                assert new.summary() == pytest.approx(old.summary())
+    assert one.keys() == other.keys()
+    for place, ranks in one.items():
+        assert other[place].summary() == pytest.approx(ranks.summary())

@@ -103,7 +103,9 @@ def test_clip_retrieval_stores_images_and_texts_only(sided: Sided, tmp_path: Pat
 
 
 def test_a_side_that_the_set_or_the_run_lacks_is_named(sided: Sided, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="has no video; its sides are image, text, audio, depth"):
+    with pytest.raises(
+        ConfigError, match="has no side 'video'; its sides are image, text, audio, depth"
+    ):
         applied(sided, tmp_path / "out", sides="video,text")
     adapter = csalign.load_adapter(sided.run)
     fewer = {side: adapter.side(side) for side in ("image", "text", "audio")}

@@ -143,6 +143,7 @@ def test_rows_of_given_features_replace_those_of_the_training(
     result = csalign.bind(*both, tmp_path / "bound", features=[tmp_path / "texts"])
 
     assert result["rows"] == 50
+    assert csalign.inspect(tmp_path / "bound")["features"] == str(runs["seen"]) + "-set"
 
 
 def test_rows_of_different_encoders_are_matched_by_id(

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from csalign.adapters.checkpoint import AdapterInfo, read_info
+from csalign.adapters.checkpoint import read_info
 from csalign.adapters.kinds import is_baseline
-from csalign.adapters.model import Adapter
 from csalign.core.config import Config
 from csalign.core.devices import pick_device
 from csalign.core.enums import AnySide, Modality
@@ -26,15 +25,15 @@ from csalign.features.checks import unit_rows
 from csalign.features.join import ALL
 from csalign.features.reader import FeatureSet
 from csalign.features.sides import SidedRows, chosen_sides, load_sides
-from csalign.metrics.bootstrap import Resamples
+from csalign.metrics.bootstrap import Place, Resamples, nested
 from csalign.metrics.gap import gap_of_items
 from csalign.metrics.sides import (
     FROM_TARGET,
     MEAN_RECALL,
     SCORES,
+    FirstRanks,
     Pair,
     Points,
-    Ranked,
     mean_of_recalls,
     rank_by_subsets,
     rank_rows,
@@ -91,33 +90,40 @@ class SidedEvaluation:
         return {(a, b): self.rows.pairs(a, b) for a, b in combinations(self.points, 2)}
 
     @cached_property
-    def ranked(self) -> Ranked:
+    def ranks(self) -> dict[Place, FirstRanks]:
         """The ranks of all directions and, if the options want them, by subsets."""
-        cells = [*permutations(self.points, 2)]
-        matrix = {
-            (a, b): rank_rows(self.points[a], self.points[b], self.device)
+        cells, points = [*permutations(self.points, 2)], self.points
+        found: dict[Place, FirstRanks] = {
+            ("matrix", a, b): rank_rows(points[a], points[b], self.device)
             for a, b in track(cells, "ranking: directions", len(cells))
         }
-        subsets = {}
-        if self.options.subsets and len(self.points) > 2:
-            for target in track(self.points, "ranking: by several sides", len(self.points)):
-                recall = {
-                    other: mean_of_recalls([matrix[other, target], matrix[target, other]])
-                    for other in self.points
-                    if other != target
-                }
-                others = [
-                    tuple(sorted(own, key=lambda name: (-recall[name], name)))
-                    for own in subsets_of([*recall])
-                ]
-                given = self.points, self.rows.count, target, others, self.device
-                subsets[target] = rank_by_subsets(*given)
-        return Ranked(matrix, subsets)
+        for target, subsets in track(self.subsets(found).items(), "ranking: by several sides"):
+            given = points, self.rows.count, target, subsets, self.device
+            own = rank_by_subsets(*given)
+            found |= {("subsets", target, *place): ranks for place, ranks in own.items()}
+        return found
+
+    def subsets(self, ranks: Mapping[Place, FirstRanks]) -> dict[str, list[tuple[str, ...]]]:
+        """List the subsets that are measured by target, in each the best sides first."""
+        found: dict[str, list[tuple[str, ...]]] = {}
+        for target in self.points if self.options.subsets and len(self.points) > 2 else ():
+            recall = {
+                name: mean_of_recalls(
+                    [ranks["matrix", name, target], ranks["matrix", target, name]]
+                )
+                for name in self.points
+                if name != target
+            }
+            best_first = sorted(recall, key=lambda name: (-recall[name], name))
+            found[target] = [
+                tuple(sorted(own, key=best_first.index)) for own in subsets_of([*recall])
+            ]
+        return found
 
     @cached_property
     def resamples(self) -> Resamples:
         """The figures on bootstrap resamples."""
-        given, options = (self.points, self.rows.count, self.ranked, self.pairs), self.options
+        given, options = (self.points, self.rows.count, self.ranks, self.pairs), self.options
         return resample_sides(*given, resamples=options.resamples, seed=options.seed)
 
     def describe(self) -> dict[str, Any]:
@@ -141,11 +147,9 @@ class SidedEvaluation:
                 "rows": {name: len(own.items) for name, own in self.points.items()},
                 "pairs": both_ways({pair: len(rows) for pair, (rows, _) in self.pairs.items()}),
             },
-            "matrix": _nested({pair: own.summary() for pair, own in self.ranked.matrix.items()}),
-            "mean_recall": self.ranked.mean_recall,
+            **self._ranked(),
             "gap": gap,
             "effective_rank": ranks,
-            "subsets": self._subsets(),
             "intervals": self.resamples.intervals() if self.options.intervals else {},
         }
 
@@ -165,29 +169,31 @@ class SidedEvaluation:
                 seed=self.options.seed,
             )
             names = {"image": a, "text": b}
-            for nested in (own, own.get("standard_errors", {})):
-                if "uniformity" in nested:
-                    parts = nested["uniformity"].items()
-                    nested["uniformity"] = {names.get(key, key): value for key, value in parts}
+            for block in (own, own.get("standard_errors", {})):
+                if "uniformity" in block:
+                    parts = block["uniformity"].items()
+                    block["uniformity"] = {names.get(key, key): value for key, value in parts}
             ranks |= {names[key]: value for key, value in own.pop("effective_rank").items()}
             del own["spectrum"]
             found[a, b] = own
         return both_ways(found), ranks
 
-    def _subsets(self) -> dict[str, Any]:
-        """Build the block "subsets"."""
-        document: dict[str, Any] = {}
-        for target, found in self.ranked.subsets.items():
-            for name, ranks in found.items():
-                block: dict[str, Any] = {
-                    score: forth.summary()
-                    | {MEAN_RECALL: mean_of_recalls([forth, back]), FROM_TARGET: back.summary()}
-                    for score, (forth, back) in ranks.scores.items()
-                }
+    def _ranked(self) -> dict[str, Any]:
+        """Build the blocks "matrix", "mean_recall" and "subsets"."""
+        summaries = {place: own.summary() for place, own in self.ranks.items()}
+        found = {"matrix": {}, "mean_recall": 0.0, "subsets": {}} | nested(summaries)
+        cells = [own for place, own in self.ranks.items() if place[0] == "matrix"]
+        found["mean_recall"] = mean_of_recalls(cells)
+        for target, subsets in self.subsets(self.ranks).items():
+            for subset in subsets:
+                place = "subsets", target, "+".join(sorted(subset))
+                block = found["subsets"][target][place[-1]]
+                for score in SCORES:
+                    both = (self.ranks[*place, score, *way] for way in ((), (FROM_TARGET,)))
+                    block[score][MEAN_RECALL] = mean_of_recalls([*both])
                 own, best = (block[score][MEAN_RECALL] for score in (SCORES[0], SCORES[-1]))
-                block |= {"best_side": ranks.best_side, "gain": own - best}
-                document.setdefault(target, {})[name] = block
-        return document
+                block |= {"best_side": subset[0], "gain": own - best}
+        return found
 
 
 class SidesResult(EvalResult):
@@ -224,18 +230,9 @@ def subsets_of(others: Sequence[str]) -> list[tuple[str, ...]]:
     return [own for k in range(least, len(names) + 1) for own in combinations(names, k)]
 
 
-def _nested(cells: Mapping[Pair, Any]) -> dict[str, Any]:
-    document: dict[str, Any] = {}
-    for (a, b), value in cells.items():
-        document.setdefault(str(a), {})[str(b)] = value
-    return document
-
-
 def both_ways(cells: Mapping[Pair, Any]) -> dict[str, Any]:
     """Nest what has no direction by both orders of its sides."""
-    names = dict.fromkeys(name for pair in cells for name in pair)
-    ways = permutations(names, 2)
-    return _nested({(a, b): cells.get((a, b), cells.get((b, a))) for a, b in ways})
+    return nested({pair: own for (a, b), own in cells.items() for pair in ((a, b), (b, a))})
 
 
 def measure_sides(config: SourceOptions, options: MeasureOptions) -> SidedEvaluation:
@@ -286,25 +283,17 @@ def measure_sides(config: SourceOptions, options: MeasureOptions) -> SidedEvalua
     return SidedEvaluation(
         *(features, split, rows, points, options),
         device if device.type == "cuda" else torch.device("cpu"),
-        **_of_adapter(features, split, config.adapter, adapter, info),
+        **(
+            {
+                "adapter": config.adapter,
+                "weights_sha256": info.weights_sha256,
+                "parameters": sum(adapter.parameter_counts().values()),
+                "is_trained": is_trained_on(features, info, split),
+            }
+            if adapter and info
+            else {}
+        ),
     )
-
-
-def _of_adapter(
-    features: FeatureSet,
-    split: str,
-    run: Path | None,
-    adapter: Adapter | None,
-    info: AdapterInfo | None,
-) -> dict[str, Any]:
-    if adapter is None or info is None:
-        return {}
-    return {
-        "adapter": run,
-        "weights_sha256": info.weights_sha256,
-        "parameters": sum(adapter.parameter_counts().values()),
-        "is_trained": is_trained_on(features, info, split),
-    }
 
 
 def _sides_of_run(
