@@ -2,21 +2,29 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
 from csalign.adapters.checkpoint import load_adapter, read_info
+from csalign.adapters.kernel_sides import SidesSetting
+from csalign.cli.app import app
+from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError
 from csalign.features.reader import FeatureSet
 from csalign.features.sides import load_sides
-from csalign.training.config import TrainConfig
+from csalign.training.config import AdapterOptions, TrainConfig
+from csalign.training.sides.kernels import Chosen, assemble_sides
+from csalign.training.sides.start import Starts
+from csalign.training.sides.train import sides_work
 from csalign.training.sides.validation import embed_sides, measure_sides
 from csalign.training.train import train
-from tests.training.sided import run, write_sided
+from tests.training.sided import QUICK, run, write_sided
 
 
 def recall(features: Path, folder: Path, *sides: str, split: str = "test") -> float:
@@ -218,3 +226,38 @@ def test_two_sides_of_a_set_train_as_ever(features: Path, tmp_path: Path) -> Non
     assert result.start.startswith("CCA")
     with pytest.raises(ConfigError, match="--hub: needs sides beside image and text"):
         run(features, tmp_path / "other", sides=("image", "text"), hub="text")
+
+
+def test_the_command_shows_sides_and_items(features: Path, tmp_path: Path) -> None:
+    words = ["train", str(features), "--out", str(tmp_path / "run"), "--steps", "4"]
+    words += ["--hidden", "8", "--minutes", "1"]
+
+    refused = CliRunner().invoke(app, words)
+    assert refused.exit_code == 2
+    done = CliRunner().invoke(app, [word for word in words if word not in ("--steps", "4")])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"sides +image, text, audio\n +items +train 149, validation 49", done.output)
+    assert re.search(r"start .*generalised CCA", done.output)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_kernels_stand_beside_a_network(features: Path, tmp_path: Path, share: float) -> None:
+    config = TrainConfig(features=features, out=tmp_path / "run", **QUICK)
+    work = sides_work(config)
+    assert work is not None
+    starts = Starts(config.group(AdapterOptions), work.data, work.kinds, 0)
+    start = starts.initialize()
+
+    chosen = Chosen(SidesSetting(gamma=0.5, ridge=0.1), share, None)
+    fits = starts, start.setting, work.data.held_out
+    joined = assemble_sides(chosen, start.adapter, *fits)
+    kernel = assemble_sides(chosen._replace(share=1.0), start.adapter, *fits)
+    rows = {side: own.embeddings for side, own in work.data.rows.sides.items()}
+    cosines = [
+        own.embed("image", rows[Modality.IMAGE]) @ own.embed("text", rows[Modality.TEXT]).T
+        for own in (joined, kernel, start.adapter)
+    ]
+    expected = share * cosines[1] + (1 - share) * cosines[2]
+    np.testing.assert_allclose(cosines[0], expected, atol=1e-4)
+    assert work.data.val is not None
+    assert measure_sides(embed_sides(kernel, work.data.val)).score.mean_recall > 0.5
