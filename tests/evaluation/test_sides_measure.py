@@ -16,6 +16,7 @@ from csalign.evaluation.sides.measure import subsets_of
 from csalign.features.checks import scaled
 from csalign.features.reader import FeatureSet
 from csalign.features.sides import load_sides
+from csalign.metrics.explain import EXPLANATIONS
 
 Write = Callable[..., Path]
 
@@ -73,6 +74,8 @@ def test_the_document_has_all_directions_and_subsets(tmp_path: Path, write_sided
     low, high = found["intervals"]["subsets"]["text"]["audio+image"]["gain"]
     assert low <= block["gain"] <= high
     json.dumps(found, allow_nan=False)
+    of_sides = ("sides", "matrix.", "mean_recall", "subsets.", "effective_rank.")
+    assert {key for key in EXPLANATIONS if key.startswith(of_sides)} <= {*found["explanations"]}
     assert found["explanations"]["subsets.*.gain"]["name"] == "gain"
     assert found["explanations"]["gap.rmg"]["name"] == "RMG"
 
