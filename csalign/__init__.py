@@ -4,7 +4,7 @@ Where things live; imports point down this list only::
 
     calls                    the commands as Python functions, of keywords and of arrays
     cli                      the commands: options, progress, tables, exit codes
-    training, generation     train and tune; images from text
+    training, generation     train, tune and bind; images from text
     evaluation               eval, compare, diagnose, inspect
     indexing                 index and search
     ingest, runs             extract and import; load, apply and export
@@ -24,8 +24,8 @@ From Python, two arrays, or what the commands wrote::
     csalign.train("features", "run", steps=200)             # or train(TrainConfig(...))
 
 Every command is a function that takes its options as keywords: `extract`, `import_arrays`,
-`split`, `inspect`, `train`, `tune`, `apply`, `evaluate`, `compare`, `diagnose`, `index`, `search`,
-`export` and `generate`; ``help(csalign.train)`` lists them. `load_adapter`, `wrap` and
+`split`, `inspect`, `train`, `tune`, `bind`, `apply`, `evaluate`, `compare`, `diagnose`, `index`,
+`search`, `export` and `generate`; ``help(csalign.train)`` lists them. `load_adapter`, `wrap` and
 `SentenceAdapter` use a run in other programs. Importing csalign loads none of the heavy libraries;
 using a name does.
 """
@@ -60,10 +60,12 @@ if TYPE_CHECKING:
     from csalign.ingest.config import SplitConfig as SplitConfig
     from csalign.runs.config import ApplyConfig as ApplyConfig
     from csalign.runs.config import ExportConfig as ExportConfig
+    from csalign.training.bind_config import BindConfig as BindConfig
     from csalign.training.config import TrainConfig as TrainConfig
     from csalign.training.config import TuneConfig as TuneConfig
 
     apply: Callable[..., results.FeaturesResult]
+    bind: Callable[..., Result]
     compare: Callable[..., results.CompareResult]
     diagnose: Callable[..., Result]
     evaluate: Callable[..., results.EvalResult]
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
 
 _COMMANDS = {
     "apply": "runs.apply",
+    "bind": "training.bind",
     "compare": "evaluation.compare",
     "diagnose": "evaluation.diagnose",
     "evaluate": "evaluation.evaluate",
@@ -101,6 +104,7 @@ _HOMES = {
     **dict.fromkeys(("ApplyConfig", "ExportConfig"), "runs.config"),
     **dict.fromkeys(("TrainConfig", "TuneConfig"), "training.config"),
     "Adapter": "adapters.model",
+    "BindConfig": "training.bind_config",
     "GenerateConfig": "generation.config",
     "InspectConfig": "evaluation.config",
     "Modality": "core.enums",

@@ -99,6 +99,12 @@ class _Inputs(ExitStack):
             path = self._new(f"{option}.npy", option)
             np.save(path, as_array(value, option))
             return path
+        if isinstance(value, Mapping):
+            if option in ("pairs", "items"):  # columns, as of a table
+                path = self._new("items.json", "items")
+                path.write_text(json.dumps({name: _cells(own) for name, own in value.items()}))
+                return path
+            return {name: self.place(name, own) for name, own in value.items()}
         if hasattr(value, "embed_images"):
             folder = self._new("adapter", "adapter")
             value.save(folder)
@@ -126,6 +132,12 @@ class _Inputs(ExitStack):
         path = Path(folder, file)
         self._names[str(path)] = name
         return path
+
+
+def _cells(values: Any) -> list[str | None]:
+    """Return the values of a column as texts, None for what is missing."""
+    values = values.tolist() if hasattr(values, "tolist") else list(values)
+    return [None if own is None or own != own else str(own) for own in values]
 
 
 def _positional(config: type[Config]) -> list[str]:
@@ -228,6 +240,8 @@ def _call_text(name: str, settings: Config) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(own) for name, own in value.items()}
     if isinstance(value, tuple):
         return [_plain(own) for own in value]
     return value if value is None or isinstance(value, bool | int | float) else str(value)

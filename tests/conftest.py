@@ -9,7 +9,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import open_clip
@@ -20,6 +20,9 @@ from hypothesis import settings
 from moto.server import ThreadedMotoServer
 from PIL import Image
 
+from csalign.adapters.checkpoint import save_adapter, unknown_info
+from csalign.adapters.model import Adapter
+from csalign.adapters.side import SideShape
 from csalign.core.enums import Modality
 from csalign.core.paths import parse_location
 from csalign.features.schema import EncoderInfo
@@ -361,3 +364,61 @@ def decoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(5)
         _tiny_decoders(root, 24)
     return root
+
+
+class Sided(NamedTuple):
+    """A feature set of four sides, and a run that maps all of them onto one latent."""
+
+    features: Path
+    run: Path
+    rows: dict[str, Any]  # embeddings of each side, in the order of its table
+    latents: dict[str, Any]  # unit rows that the run maps them to
+    items: dict[str, list[str]]
+
+
+@pytest.fixture(scope="session")
+def sided(tmp_path_factory: pytest.TempPathFactory) -> Sided:
+    """60 items with image and text; 30 have audio, of which 10 twice, and 20 have depth."""
+    folder, rng = tmp_path_factory.mktemp("sided"), np.random.default_rng(0)
+    latent = rng.normal(size=(60, 6))
+    places = {
+        "image": np.arange(60),
+        "text": rng.permutation(60),
+        "audio": np.concatenate([np.arange(20, 50), np.arange(20, 30)]),
+        "depth": np.arange(40, 60),
+    }
+    maps = {
+        side: np.linalg.qr(rng.normal(size=(8 + n, 6)))[0] for n, side in enumerate(sorted(places))
+    }
+    seen = {
+        side: latent[own] + 0.5 * rng.normal(size=(len(own), 6)) for side, own in places.items()
+    }
+    rows = {side: (own @ maps[side].T).astype(np.float32) for side, own in seen.items()}
+    features, run = folder / "features", folder / "run"
+    features.mkdir()
+    encoders = {
+        side: EncoderInfo(spec=f"{side}-encoder", width=own.shape[1]) for side, own in rows.items()
+    }
+    with FeatureWriter(features, encoders, "float32") as writer:
+        for side, own in places.items():
+            splits = ["test" if place % 3 == 0 else "train" for place in own]
+            columns: dict[str, Any] = {"id": [f"{side}-{row}" for row in range(len(own))]}
+            if side == "image":
+                columns |= {"id": [f"i{place}" for place in own], "source": columns["id"]}
+            elif side == "text":
+                columns |= {"image_id": [f"i{place}" for place in own]}
+                columns |= {"caption": [f"caption {place}" for place in own]}
+            else:
+                columns |= {"item": [f"i{place}" for place in own]}
+            writer.write(side, Rows({**columns, "split": splits}, rows[side]))
+    adapter = Adapter({side: SideShape("linear", own.shape[1], 6) for side, own in rows.items()})
+    for side, own in maps.items():
+        weight = torch.from_numpy(own.T.copy()).float()
+        adapter.side(side).start_from(torch.zeros(len(own)), weight, torch.zeros(6))
+    run.mkdir()
+    info = unknown_info(adapter.shapes)
+    specs = {side: f"{side}-encoder" for side in rows}
+    save_adapter(run, adapter, info.model_copy(update={"encoders": specs, "train_split": "train"}))
+    latents = {side: own / np.linalg.norm(own, axis=1, keepdims=True) for side, own in seen.items()}
+    items = {side: [f"i{place}" for place in own] for side, own in places.items()}
+    return Sided(features, run, rows, latents, items)

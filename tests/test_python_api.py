@@ -22,6 +22,7 @@ Pair = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 COMMANDS = {
     "apply": csalign.ApplyConfig,
+    "bind": csalign.BindConfig,
     "compare": csalign.CompareConfig,
     "diagnose": csalign.DiagnoseConfig,
     "evaluate": csalign.EvalConfig,

@@ -7,7 +7,7 @@ from math import gcd
 import torch
 from torch import Tensor, nn
 from torch.nn import TransformerEncoderLayer
-from torch.nn.functional import normalize, silu
+from torch.nn.functional import linear, normalize, silu
 
 from csalign.adapters.side import Aligned, SideAdapter, SideShape, map_tokens
 from csalign.core.errors import ShapeError
@@ -170,11 +170,45 @@ class Parts(SideAdapter):
         self.parts = nn.ModuleList(parts)
         self.register_buffer("shares", torch.full((len(parts),), 1 / len(parts)))
 
+    @classmethod
+    def of(cls, parts: Sequence[SideAdapter], shares: Sequence[float]) -> "Parts":
+        """Put adapters of one input width side by side, with shares that sum to 1."""
+        shapes = tuple(part.shape for part in parts)
+        width = sum(shape.width for shape in shapes)
+        found = cls(SideShape("parts", shapes[0].input_width, width, parts=shapes), parts)
+        found.shares = torch.tensor(shares)
+        return found
+
     def forward(self, x: Tensor, noise: float = 0.0) -> Tensor:
         """See `SideAdapter.forward`."""
         roots = self.shares.sqrt()
         outputs = [normalize(part(x, noise), dim=-1) for part in self.parts]
         return torch.cat([root * z for root, z in zip(roots, outputs, strict=True)], dim=-1)
+
+
+class Mapped(SideAdapter):
+    """z = W normalise(z_0) + b: an adapter, and a map of its unit outputs to another space.
+
+    It is put together by ``csalign bind``, and not trained.
+    """
+
+    def __init__(self, shape: SideShape, inner: SideAdapter) -> None:
+        super().__init__(shape)
+        self.inner = inner
+        self.weight = fixed(torch.zeros(shape.width, inner.shape.width))
+        self.bias = fixed(torch.zeros(shape.width))
+
+    @classmethod
+    def of(cls, inner: SideAdapter, weight: Tensor, bias: Tensor) -> "Mapped":
+        """Map an adapter by a weight (width, inner width) and a bias (width,)."""
+        own = SideShape("mapped", inner.shape.input_width, len(bias), parts=(inner.shape,))
+        mapped = cls(own, inner)
+        mapped.weight, mapped.bias = fixed(weight), fixed(bias)
+        return mapped
+
+    def forward(self, x: Tensor, noise: float = 0.0) -> Tensor:
+        """See `SideAdapter.forward`."""
+        return linear(normalize(self.inner(x, noise), dim=-1), self.weight, self.bias)
 
 
 class Identity(SideAdapter):

@@ -111,7 +111,7 @@ class PairMoments:
         scale_x = (values_x + ridge * values_x.mean() + TINY).rsqrt()
         scale_y = (values_y + ridge * values_y.mean() + TINY).rsqrt()
         cross = vectors_x.T @ self.cov_xy @ vectors_y
-        left, correlations, right = _leading(scale_x[:, None] * cross * scale_y, width)
+        left, correlations, right = leading(scale_x[:, None] * cross * scale_y, width)
         map_x = (vectors_x * scale_x) @ left  # (d, k)
         map_y = (vectors_y * scale_y) @ right
         # With a ridge the variances of a direction differ between the sides. Moving a factor from
@@ -192,14 +192,14 @@ def _chunks(n: int) -> Iterator[slice]:
         yield slice(start, start + CHUNK_ROWS)
 
 
-def _leading(matrix: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def leading(matrix: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the first singular vectors and values: (d, k), (k,), (e, k).
 
     From the smaller Gram matrix, many times as fast as an SVD. Values below 1e-8 of the first are
     rounding errors.
     """
     if len(matrix) < matrix.shape[1]:
-        right, values, left = _leading(matrix.T, width)
+        right, values, left = leading(matrix.T, width)
         return left, values, right
     vectors = torch.linalg.eigh(matrix.T @ matrix).eigenvectors.flip(1)[:, :width]
     images = matrix @ vectors

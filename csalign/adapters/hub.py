@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=Config)
 
-RUNS = ("adapter", "run")
+RUNS = ("adapter", "run", "first", "second")
 """Options that name a run, which may be on the hub."""
 
 _NAME = re.compile(r"(?P<scheme>hf:/{1,2})?(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^@]+))?")

@@ -58,13 +58,13 @@ class KernelPairs(NamedTuple):
     weights: Doubles  # (n,), > 0
 
 
-class _Solution(NamedTuple):
-    """Regression of the linear side's c components on the kernel's rows, for one ridge."""
+class Regression(NamedTuple):
+    """Kernel ridge regression of c targets on the rows of a side, for one ridge."""
 
     ridge: float
     weight: Tensor  # (m, c) of the kernel's values of the m landmarks
     bias: Tensor  # (c,)
-    cross: Tensor  # (c, c), covariance of predictions and components, within blocks
+    cross: Tensor  # (c, c), covariance of predictions and targets, within blocks
     spread: Tensor  # (c, c), covariance of predictions, within blocks
     held_out: Tensor | None  # (m, c), what a landmark's prediction loses if it is left out
 
@@ -104,14 +104,12 @@ class KernelCca:
         rows = pairs.kernel[torch.from_numpy(first)]
         self._mean_y = (self._share[:, None] * rows).sum(0)
         self._landmarks = normalize(rows - self._mean_y, dim=1)
-        order = torch.from_numpy(np.random.default_rng(seed).permutation(len(first)))
-        self._blocks = order.tensor_split(-(-len(order) // BLOCK_ROWS))
 
     def candidates(
         self, ridges: Sequence[float], other_ridges: Sequence[float], powers: Sequence[float]
     ) -> Iterator[tuple[KernelSetting, dict[Modality, SideAdapter]]]:
         """Fit each combination of settings; yield both sides of it."""
-        for solution in self._solve(ridges):
+        for solution in self._regress(ridges):
             for other in other_ridges:
                 directions = self._directions(solution, other)
                 for power in powers:
@@ -130,7 +128,7 @@ class KernelCca:
         Training rows are fitted too well for that, so their outputs are those that they would
         have if they were left out, by the usual formula of ridge regression.
         """
-        (solution,) = self._solve([setting.ridge], held_out=True)
+        (solution,) = self._regress([setting.ridge], held_out=True)
         directions = self._directions(solution, setting.other_ridge)
         sides = self._sides(solution, *directions.maps(setting.power))
         changes = match_moments(*self._held_out(solution, directions, setting.power))
@@ -138,52 +136,18 @@ class KernelCca:
             sides[side].then(change.weight, change.bias)
         return sides
 
-    def _solve(self, ridges: Sequence[float], *, held_out: bool = False) -> list[_Solution]:
-        """Solve the regression for some ridges, block by block."""
-        m, d = self._targets.shape
-        solutions = [
-            _Solution(
-                ridge,
-                torch.zeros(m, d),
-                torch.zeros(d),
-                torch.zeros(d, d),
-                torch.zeros(d, d),
-                torch.zeros(m, d) if held_out else None,
-            )
-            for ridge in ridges
-        ]
-        count = len(self._blocks)
-        for block in self._blocks:
-            share = self._share[block] / self._share[block].sum()
-            root = share.sqrt()[:, None]
-            kernel = gaussian(self._landmarks[block], self._landmarks[block], self._gamma)
-            means = kernel @ share
-            mean = share @ means
-            centred = kernel.sub_(means).sub_(means[:, None]).add_(mean).mul_(root).mul_(root.T)
-            diagonal = centred.diagonal().clone()
-            targets = self._targets[block]
-            offset = share @ targets
-            targets = targets - offset
-            for solution in solutions:
-                ridge = solution.ridge * float(diagonal.mean()) + LEAST_RIDGE / len(block)
-                centred.diagonal().copy_(diagonal + ridge)
-                factor = _cholesky(centred)
-                dual = torch.cholesky_solve((root * targets).to(factor.dtype), factor).float()
-                values = root * dual
-                total = values.sum(0)
-                solution.weight[block] = (values - share[:, None] * total) / count
-                solution.bias.add_((mean * total - means @ values + offset) / count)
-                residuals = ridge * dual / root
-                predicted = targets - residuals
-                solution.cross.add_(predicted.T @ (share[:, None] * targets) / count)
-                solution.spread.add_(predicted.T @ (share[:, None] * predicted) / count)
-                if solution.held_out is not None:
-                    kept = (ridge * torch.cholesky_inverse(factor).diagonal()).float()
-                    kept = kept.clamp(min=LEAST_GAP)[:, None]  # 1 - leverage
-                    solution.held_out[block] = residuals * (1 - kept) / kept / count
-        return solutions
+    def _regress(self, ridges: Sequence[float], *, held_out: bool = False) -> list[Regression]:
+        return regress(
+            self._targets,
+            self._landmarks,
+            self._share,
+            self._gamma,
+            ridges,
+            seed=self._seed,
+            held_out=held_out,
+        )
 
-    def _directions(self, solution: _Solution, ridge: float) -> "_Directions":
+    def _directions(self, solution: Regression, ridge: float) -> "_Directions":
         whiten = (self._values + ridge * self._level + TINY).rsqrt()
         cross = whiten[:, None] * solution.cross * whiten
         values, vectors = torch.linalg.eigh((cross + cross.T) / 2)
@@ -195,7 +159,7 @@ class KernelCca:
         balance = (spread_y.clamp(min=TINY) / spread_x.clamp(min=TINY)) ** 0.25
         return _Directions(whiten, weight, correlations, balance)
 
-    def _sides(self, solution: _Solution, x: Tensor, y: Tensor) -> dict[Modality, SideAdapter]:
+    def _sides(self, solution: Regression, x: Tensor, y: Tensor) -> dict[Modality, SideAdapter]:
         """Build both sides from the maps (c, k) of components and of predictions."""
         shapes = {side: own.shape for side, own in self._inputs.items()}
         with torch.device("meta"):  # draws no random numbers
@@ -217,7 +181,7 @@ class KernelCca:
         return sides
 
     def _held_out(
-        self, solution: _Solution, directions: "_Directions", power: float
+        self, solution: Regression, directions: "_Directions", power: float
     ) -> tuple[Outputs, Outputs]:
         """Return outputs of some pairs as if each had been left out, of the linear side first."""
         assert solution.held_out is not None
@@ -258,6 +222,72 @@ class _Directions(NamedTuple):
             self.weight * self.balance * emphasis,
             self.weight / self.balance * emphasis / self.correlations,
         )
+
+
+def regress(
+    targets: Tensor,
+    landmarks: Tensor,
+    weights: Tensor,
+    gamma: float,
+    ridges: Sequence[float],
+    *,
+    seed: int,
+    held_out: bool = False,
+) -> list[Regression]:
+    """Regress targets on a Gaussian kernel for some ridges, block by block.
+
+    Args:
+        targets: (m, c).
+        landmarks: (m, d), unit rows.
+        weights: (m,), > 0.
+        gamma: > 0.
+        ridges: > 0, relative to the mean eigenvalue of the centred kernel matrix.
+        seed: of the blocks.
+        held_out: whether to compute `Regression.held_out`.
+    """
+    m, d = targets.shape
+    solutions = [
+        Regression(
+            ridge,
+            torch.zeros(m, d),
+            torch.zeros(d),
+            torch.zeros(d, d),
+            torch.zeros(d, d),
+            torch.zeros(m, d) if held_out else None,
+        )
+        for ridge in ridges
+    ]
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(m))
+    blocks = order.tensor_split(-(-m // BLOCK_ROWS))
+    count = len(blocks)
+    for block in blocks:
+        share = weights[block] / weights[block].sum()
+        root = share.sqrt()[:, None]
+        kernel = gaussian(landmarks[block], landmarks[block], gamma)
+        means = kernel @ share
+        mean = share @ means
+        centred = kernel.sub_(means).sub_(means[:, None]).add_(mean).mul_(root).mul_(root.T)
+        diagonal = centred.diagonal().clone()
+        offset = share @ targets[block]
+        own = targets[block] - offset
+        for solution in solutions:
+            ridge = solution.ridge * float(diagonal.mean()) + LEAST_RIDGE / len(block)
+            centred.diagonal().copy_(diagonal + ridge)
+            factor = _cholesky(centred)
+            dual = torch.cholesky_solve((root * own).to(factor.dtype), factor).float()
+            values = root * dual
+            total = values.sum(0)
+            solution.weight[block] = (values - share[:, None] * total) / count
+            solution.bias.add_((mean * total - means @ values + offset) / count)
+            residuals = ridge * dual / root
+            predicted = own - residuals
+            solution.cross.add_(predicted.T @ (share[:, None] * own) / count)
+            solution.spread.add_(predicted.T @ (share[:, None] * predicted) / count)
+            if solution.held_out is not None:
+                kept = (ridge * torch.cholesky_inverse(factor).diagonal()).float()
+                kept = kept.clamp(min=LEAST_GAP)[:, None]  # 1 - leverage
+                solution.held_out[block] = residuals * (1 - kept) / kept / count
+    return solutions
 
 
 def _cholesky(matrix: Tensor) -> Tensor:

@@ -12,7 +12,17 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from csalign.adapters.builtin import Glu, Identity, Kernel, Linear, LowRank, Mlp, Parts, Transformer
+from csalign.adapters.builtin import (
+    Glu,
+    Identity,
+    Kernel,
+    Linear,
+    LowRank,
+    Mapped,
+    Mlp,
+    Parts,
+    Transformer,
+)
 from csalign.adapters.canonical import ClosedForm
 from csalign.adapters.kinds import GROUP, check_kind
 from csalign.adapters.side import SideAdapter, SideShape, to_tensor
@@ -40,9 +50,9 @@ KINDS: Final[dict[str, type[SideAdapter]]] = {
 def is_builtin(shape: SideShape) -> bool:
     """Return whether csalign itself has the code of an adapter, of all of its parts if it has any.
 
-    "kernel" and "parts" are fitted or put together, and no kinds to train.
+    "kernel", "parts" and "mapped" are fitted or put together, and no kinds to train.
     """
-    return shape.kind in {*KINDS, "kernel", "parts"} and all(map(is_builtin, shape.parts))
+    return shape.kind in {*KINDS, "kernel", "parts", "mapped"} and all(map(is_builtin, shape.parts))
 
 
 def find_kind(kind: str, *, allow: Collection[str] = ()) -> type[SideAdapter]:
@@ -81,6 +91,8 @@ def build_side(shape: SideShape, *, allow: Collection[str] = ()) -> SideAdapter:
     """
     if shape.kind == "parts":
         return Parts(shape, [build_side(part, allow=allow) for part in shape.parts])
+    if shape.kind == "mapped":
+        return Mapped(shape, build_side(shape.parts[0], allow=allow))
     if shape.kind == "kernel":
         return Kernel(shape)
     kind = find_kind(shape.kind, allow=allow)

@@ -7,11 +7,11 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from csalign.adapters.checkpoint import load_adapter_with_info, save_adapter
+from csalign.adapters.checkpoint import load_adapter_with_info, read_info, save_adapter
 from csalign.adapters.hub import fetch, local_run
 from csalign.adapters.side import SideAdapter
 from csalign.core import atomic
-from csalign.core.enums import Modality
+from csalign.core.enums import Modality, side_of
 from csalign.core.errors import ConfigError, SchemaError
 from csalign.core.records import read_object
 
@@ -32,7 +32,7 @@ class SentenceAdapter(nn.Module):
 
     Args:
         run: a run folder, a folder that `save` wrote, or a name on the hub; see `load_adapter`.
-        side: which side's adapter, "image" or "text".
+        side: which side's adapter, such as "text".
         allow: as for `load_adapter`.
 
     Raises:
@@ -50,11 +50,12 @@ class SentenceAdapter(nn.Module):
     """
 
     def __init__(
-        self, run: Path | str, side: Modality | str = Modality.TEXT, *, allow: Collection[str] = ()
+        self, run: Path | str, side: str = Modality.TEXT, *, allow: Collection[str] = ()
     ) -> None:
         super().__init__()
         self._adapter, self._info = load_adapter_with_info(local_run(run), allow=allow)
-        self._modality = Modality.of(side)
+        self._adapter.side(side)  # raises if there is none
+        self._modality = side_of(side)
         if self._side.embeds_with_tokens:
             raise ConfigError(
                 f"{run}: embeds {self._modality.plural} with their tokens, which no sentence "
@@ -91,8 +92,9 @@ class SentenceAdapter(nn.Module):
         if not path.is_file():
             return cls(folder)
         side = read_object(path, remedy).get("side")
-        if side not in list(Modality):
-            raise SchemaError(f"{path}: side is {side!r}, not image or text; {remedy}")
+        names = read_info(folder).adapters
+        if side not in names:
+            raise SchemaError(f"{path}: side is {side!r}, not {' or '.join(names)}; {remedy}")
         return cls(folder, side)
 
     @property

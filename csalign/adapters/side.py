@@ -118,7 +118,7 @@ class SideShape:
         rank: of the update of "low-rank".
         layers: blocks of "transformer".
         landmarks: of "kernel".
-        parts: of "parts", in order; their widths sum to `width`.
+        parts: of "parts", in order; their widths sum to `width`. Of "mapped" the one that is.
 
     Raises:
         ValueError: a size is out of range.
@@ -140,6 +140,8 @@ class SideShape:
     @property
     def title(self) -> str:
         """The kind for people; of "parts", that of each."""
+        if self.kind == "mapped":
+            return f"{self.parts[0].title}, mapped"
         if self.parts:
             return " + ".join(part.title for part in self.parts)
         return f"kernel ({self.landmarks:,} landmarks)" if self.kind == "kernel" else self.kind
@@ -151,10 +153,11 @@ class SideShape:
         sizes_fit = min(sizes) >= 1 and max(sizes) <= MAX_SIZE
         if not (sizes_fit and 1 <= self.layers <= MAX_LAYERS and 0 <= self.dropout < 1):
             raise ValueError(f"no adapter has this shape: {self}")
-        fits = {part.input_width for part in self.parts} <= {self.input_width}
-        fits = fits and sum(part.width for part in self.parts) == self.width
-        if self.kind == "parts" and not fits:
-            raise ValueError(f"no parts have this shape together: {self}")
+        if self.kind in ("parts", "mapped"):
+            widths = [part.width for part in self.parts]
+            fits = len(widths) == 1 if self.kind == "mapped" else sum(widths) == self.width
+            if not fits or any(part.input_width != self.input_width for part in self.parts):
+                raise ValueError(f"no parts have this shape together: {self}")
 
 
 class Aligned(NamedTuple):

@@ -27,6 +27,11 @@ class AlignedClip(nn.Module):
     def __init__(self, encoder: nn.Module, adapter: Adapter) -> None:
         super().__init__()
         for side in Modality:
+            if side not in adapter.names:
+                raise ConfigError(
+                    f"wrap: the adapter has no {side.plural}, its sides are "
+                    f"{', '.join(adapter.names)}; use its embed"
+                )
             if adapter.side(side).embeds_with_tokens:
                 raise ConfigError(
                     f"the adapter embeds {side.plural} with their tokens, which encode_{side} does "

@@ -23,6 +23,7 @@ from csalign.generation.config import GenerateConfig
 from csalign.indexing.config import IndexConfig, SearchConfig
 from csalign.ingest.config import ExtractConfig, ImportConfig, SplitConfig
 from csalign.runs.config import ApplyConfig, ExportConfig
+from csalign.training.bind_config import BindConfig
 from csalign.training.config import TrainConfig, TuneConfig, recipe_names, recipe_text, recipe_title
 
 EXAMPLES = """\
@@ -43,6 +44,7 @@ COMMANDS: dict[str, dict[str, tuple[type[Config], str, Callable[..., None]]]] = 
     "Training": {
         "train": (TrainConfig, "training.train:train", tables.train_table),
         "tune": (TuneConfig, "training.tuning.tune:tune", tables.tune_tables),
+        "bind": (BindConfig, "training.bind:bind", tables.bind_table),
     },
     "Evaluation": {
         "eval": (EvalConfig, "evaluation.evaluate:evaluate", eval_tables.eval_tables),
@@ -66,6 +68,7 @@ HELP = {
     "inspect": "Summarise an artifact and verify all of it.",
     "train": "Train adapters on a feature set.",
     "tune": "Search settings of train on validation; options you pass stay fixed.",
+    "bind": "Join two runs that share a side, without new pairs, in the space of the first.",
     "eval": "Measure retrieval and the modality gap.",
     "compare": "Compare runs and evaluations, with paired significance intervals.",
     "diagnose": "Foretell an alignment, analyse the conflict in the loss, decompose the gap.",

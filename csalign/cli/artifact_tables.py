@@ -8,11 +8,11 @@ from typing import Any
 from rich.filesize import decimal
 
 from csalign.cli.next_steps import FAILURES, MANIFEST, NO_SPLIT, Step, after_features, first_free
-from csalign.cli.render import print_closing, print_line, print_rows, print_wrote
+from csalign.cli.render import print_closing, print_line, print_rows, print_wrapped, print_wrote
 from csalign.cli.tables import CENTROID, RECALL, best_words, index_words, search_step
 from csalign.core import results
 from csalign.core.config import Config
-from csalign.core.enums import renamed
+from csalign.core.enums import Modality, renamed
 from csalign.core.errors import CsalignError
 from csalign.core.figures import counted, percent
 from csalign.runs.config import ApplyConfig
@@ -30,6 +30,8 @@ def features_table(result: results.FeaturesResult, settings: Config) -> None:
 
     folder = result.features
     counts = {"image": result.images, "text": result.texts, "pair": result.pairs}
+    if result.counts is not None and result.sides is not None:
+        counts = {"item": result.counts["items"], "side": len(result.sides)}
     listed = ", ".join(counted(number, noun) for noun, number in counts.items())
     line = f"{folder}: {renamed(listed, result.names)}"
     if not result.complete:
@@ -40,14 +42,19 @@ def features_table(result: results.FeaturesResult, settings: Config) -> None:
         return
     if not (folder / MANIFEST).is_file():  # apply wrote another format
         print_wrote(line)
+        for name, text in _sided(result).items():
+            print_wrapped(f"  {name}: {text}")
         print_closing(settings)
         return
     summary = summarise_features(FeatureSet.open(folder))
     size = f"{line}, {decimal(summary['bytes'])}"
     print_line(f"{size}, already complete") if result.existed else print_wrote(size)
+    for name, text in _sided(result).items():
+        print_wrapped(f"  {name}: {text}")
     print_line(f"  splits: {_splits(summary)}")
     if "pairing" in summary:
-        print_line(f"  pairs: {summary['pairing']}")
+        title = "joined by" if result.sides else "pairs"
+        print_line(f"  {title}: {summary['pairing']}")
     for text in _failures(result):
         print_line(f"  {text}")
     is_eval = isinstance(settings, ApplyConfig) and result.pairs
@@ -63,14 +70,38 @@ def split_table(result: results.SplitResult, settings: Config) -> None:
     print_closing(settings, *after_features(summarise_features(FeatureSet.open(result.features))))
 
 
+def _sided(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Word the rows of each side, and how many items have several; {} for images and texts."""
+    if not ("sides" in summary and "counts" in summary):
+        return {}
+    found = {}
+    for name, own in summary["sides"].items():
+        alone = f", {own['unpaired']:,} without a row of another side" * bool(own["unpaired"])
+        rows = counted(own["rows"], "row")
+        found[name] = f"{rows}, {own['width']} wide, encoder {own['encoder']}{alone}"
+    by_sides, pairs = (summary["counts"][name].items() for name in ("by_sides", "pairs"))
+    return {
+        **found,
+        "items": ", ".join(f"{n:,} of {counted(int(k), 'side')}" for k, n in by_sides),
+        "pairs": ", ".join(f"{a}-{b} {n:,}" for a, own in pairs for b, n in own.items()),
+    }
+
+
 def _splits(summary: Mapping[str, Any]) -> str:
     """Word the splits of a feature set, with the rows of each side."""
     splits = summary["splits"]
     if set(splits) <= {NO_SPLIT}:
         return "none"
     order = sorted(splits, key=lambda name: ("train", "val", "test", name).index(name))
-    counts = [f"{name} {splits[name]['images']:,} + {splits[name]['texts']:,}" for name in order]
-    return f"{', '.join(counts)} ({renamed('images + texts', summary.get('names'))})"
+    sides = ["images", "texts"]
+    if further := [side for own in splits.values() for side in own if side not in sides]:
+        sides = [
+            side
+            for side in dict.fromkeys([*sides, *further])
+            if any(own[side] for own in splits.values())
+        ]
+    counts = [f"{name} " + " + ".join(f"{splits[name][own]:,}" for own in sides) for name in order]
+    return f"{', '.join(counts)} ({renamed(' + '.join(sides), summary.get('names'))})"
 
 
 def _failures(result: results.FeaturesResult) -> Iterator[str]:
@@ -101,12 +132,16 @@ def inspect_table(document: Mapping[str, Any], settings: Config) -> None:
 
 def _inspected_features(document: Mapping[str, Any]) -> Inspected:
     counts, names = document["counts"], document.get("names")
-    listed = ", ".join(counted(counts[f"{noun}s"], noun) for noun in ("image", "text", "pair"))
-    encoders = document["encoders"].items()
+    encoders, sided = document["encoders"].items(), _sided(document)
+    if sided:  # which have the encoders
+        encoders, listed = {}.items(), ""
+    else:
+        listed = ", ".join(counted(counts[f"{noun}s"], noun) for noun in ("image", "text", "pair"))
     rows = {
         "rows": renamed(listed, names),
+        **sided,
         "splits": _splits(document),
-        "pairs": str(document.get("pairing", "")),
+        "joined by" if sided else "pairs": str(document.get("pairing", "")),
         "joined images": f"{document['joined']:,} repeated" if "joined" in document else "",
         **{renamed(f"{side} encoder", names): _encoder(own) for side, own in encoders if own},
         **{
@@ -151,9 +186,9 @@ def _inspected_run(document: Mapping[str, Any]) -> Inspected:
         if values := [figure.show(score[name]) for score in scores if name in score]:
             rows[figure.heading] = f"{values[-1]} on validation (start {values[0]})"
     if document["refit"]:
-        rows["refit"] = "on all {pairs:,} pairs; the figures are those before it".format(
-            **document["refit"]
-        )
+        noun = "pairs" if {*document["adapters"]} <= {*Modality} else "items"
+        count = document["refit"]["pairs"]
+        rows["refit"] = f"on all {count:,} {noun}; the figures are those before it"
     rows["size"] = decimal(document["bytes"])
     following = [("eval", features, "--adapter", document["path"])] if features else []
     return "run, valid", rows, [*following]
@@ -162,14 +197,14 @@ def _inspected_run(document: Mapping[str, Any]) -> Inspected:
 def _adapter_rows(document: Mapping[str, Any]) -> dict[str, str]:
     shapes = document["adapters"]
     widths = ", ".join(f"{side} {shape['input_width']}" for side, shape in shapes.items())
-    parts = " + ".join(str(part["width"]) for part in shapes["image"]["parts"])
+    first = next(iter(shapes.values()))
+    parts = " + ".join(str(part["width"]) for part in first["parts"])
     shares = document.get("shares", [])
     return {
         "encoders": _sides(document["encoders"]),
         "adapters": _sides(document["kinds"]),
         "shares": " + ".join(percent(own, 0) for own in shares) if shares[1:] else "",
-        "widths": f"{widths}; shared space {shapes['image']['width']}"
-        + f" ({parts})" * bool(parts),
+        "widths": f"{widths}; shared space {first['width']}" + f" ({parts})" * bool(parts),
     }
 
 

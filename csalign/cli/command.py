@@ -35,6 +35,8 @@ _KINDS = {
     "zero_shot": (Kind.FEATURES,),
     "adapter": (Kind.RUN,),
     "run": (Kind.RUN,),
+    "first": (Kind.RUN,),
+    "second": (Kind.RUN,),
     "index": (Kind.INDEX, Kind.FEATURES),
 }
 """Fields with paths of artifacts, and the kinds that they accept."""
@@ -159,7 +161,7 @@ def check_settings(settings: Config) -> None:
         inputs.append(searched)
     # An existing study of tune is continued.
     if isinstance(settings, OutputConfig) and not isinstance(settings, TuneConfig):
-        may_exist = settings.overwrite
+        may_exist = settings.overwrite or getattr(settings, "add", False)
         if isinstance(settings, ExtractConfig):  # the same one changes nothing
             may_exist = settings.may_replace()
         outputs.check_output(

@@ -61,7 +61,7 @@ def parameters_of(config: type[Config]) -> list[inspect.Parameter]:
             argument = typer.Argument(metavar=shown, help=_help(field), show_default=False)
             parameters.append(_parameter(name, field, argument))
             continue
-        flags = [_flag(own) for own in (name, *config.aliases_of(name))]
+        flags = [config.shown(name), *map(_flag, config.aliases_of(name))]
         extra = field.json_schema_extra
         hidden = isinstance(extra, dict) and bool(extra.get("hidden"))  # an older form
         if _plain_type(field.annotation) == (bool, False):
@@ -133,7 +133,13 @@ def _plain_type(annotation: Any) -> tuple[Any, bool]:
     would lose one of its slashes.
     """
     kinds = [*_kinds(annotation)]
-    return bool if kinds == [bool] else str, kinds == [Path] and "tuple" in str(annotation)
+    is_several = (kinds == [Path] and "tuple" in str(annotation)) or _are_named(kinds)
+    return bool if kinds == [bool] else str, is_several
+
+
+def _are_named(kinds: list[Any]) -> bool:
+    """Return whether a field takes values by name, ``NAME=VALUE`` each."""
+    return [get_origin(kind) for kind in kinds] == [dict]
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:
@@ -162,5 +168,6 @@ def _choices(annotation: Any) -> list[str]:
 def _metavar(annotation: Any) -> str:
     """Return short choices and types as help shows them, such as ``auto|NUMBER``."""
     words = [*_choices(annotation), *(_TYPES[k] for k in _kinds(annotation) if k in _TYPES)]
+    words += ["NAME=VALUE"] if _are_named([*_kinds(annotation)]) else []
     metavar = "|".join(dict.fromkeys(words))
     return metavar if len(metavar) <= _METAVAR_WIDTH else _CHOICE

@@ -1,4 +1,4 @@
-"""Tables of the commands that make something: train, tune, index, search, export, generate."""
+"""Tables of the commands that make something: train, tune, bind, index, search, and others."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -9,11 +9,12 @@ from rich.filesize import decimal
 from csalign.cli import render
 from csalign.cli.next_steps import ALIGNED, Step, first_free, splits_of
 from csalign.core import results
-from csalign.core.enums import renamed
+from csalign.core.enums import Modality, renamed, side_of
 from csalign.core.figures import counted, figure_of, percent
 from csalign.generation.config import GenerateConfig
 from csalign.indexing.config import IndexConfig, SearchConfig
 from csalign.runs.config import ExportConfig
+from csalign.training.bind_config import BindConfig
 from csalign.training.config import TrainConfig, TuneConfig
 
 TRIALS_SHOWN = 10
@@ -33,7 +34,11 @@ def train_table(result: results.TrainResult, settings: TrainConfig) -> None:
     render.print_rows(
         [
             ("start", result.start),
-            ("pairs", ", ".join(f"{part} {count:,}" for part, count in result.pairs.items())),
+            *[("sides", ", ".join(result.sides or ()))] * bool(result.sides),
+            (
+                "items" if result.sides else "pairs",
+                ", ".join(f"{part} {count:,}" for part, count in result.pairs.items()),
+            ),
             *[("parts", result.parts)] * bool(result.parts),
             ("width", f"{result.width:,}"),
             ("parameters", parameters),
@@ -55,6 +60,24 @@ def train_table(result: results.TrainResult, settings: TrainConfig) -> None:
     splits = splits_of(features)
     split = ["--split", "test"] if "test" in splits else []
     render.print_closing(settings, ("eval", features, "--adapter", result.run, *split))
+
+
+def bind_table(result: results.Result, settings: BindConfig) -> None:
+    """Print which sides a bound run has, and how well the shared side agrees in it."""
+    held, widths = result["held_out"], result["widths"]
+    render.print_wrote(f"{result['run']}")
+    mapped = ", ".join(result["mapped"])
+    rows = [
+        ("sides", ", ".join(result["sides"])),
+        ("shared", f"{result['shared']}, {result['rows']:,} different rows"),
+        ("mapped", f"{mapped}: {widths['from']} to {widths['to']} wide, by a rotation"),
+    ]
+    if held["rows"]:
+        recall = RECALL.show(held["mean_recall"])
+        shown = f"{RECALL.heading} {recall}, cosine {held['cosine']:.3f}"
+        rows.append(("agreement", f"{shown}, on {held['rows']:,} rows held out"))
+    render.print_rows(rows)
+    render.print_closing(settings, ("inspect", result["run"]))
 
 
 def best_words(step: int, start: str) -> str:
@@ -171,6 +194,7 @@ def index_table(document: Mapping[str, Any], settings: IndexConfig) -> None:
 def index_words(document: Mapping[str, Any]) -> str:
     """Word the kind, content, size and recall of an index."""
     recall, names = document["recall"], document.get("names")
+    plural = ", ".join(side_of(side).plural for side in document["side"].split(","))
     quality = "exact search"
     if recall is not None:
         quality = (
@@ -179,7 +203,7 @@ def index_words(document: Mapping[str, Any]) -> str:
         )
     return (
         f"{document['factory']} index of {document['rows']:,} "
-        f"{renamed(document['side'] + 's', names)}, {decimal(document['bytes'])}, {quality}"
+        f"{renamed(plural, names)}, {decimal(document['bytes'])}, {quality}"
     )
 
 
@@ -188,6 +212,9 @@ def search_step(document: Mapping[str, Any]) -> Step:
     known = (document["encoders"].get("text") or {}).get("spec", "")
     if known.startswith(ENCODERS) and ALIGNED not in known:
         return ("search", document["path"], "a red bicycle")
+    others = [side for side in document["encoders"] if side not in document["side"].split(",")]
+    if len(document["encoders"]) > len(Modality) and others:
+        return ("search", document["path"], "--query", f"{others[0]}=query.npy")
     return ("search", document["path"], "--embedding", "query.npy")
 
 
@@ -212,12 +239,20 @@ def found(result: results.Found, settings: SearchConfig) -> None:
         hits = one["hits"]
         digits = len(str(len(hits)))
         render.print_rows(
-            (f"{hit['rank']:>{digits}}   {hit['score']:.4f}   {hit['id']}", _words(hit))
+            (f"{hit['rank']:>{digits}}   {hit['score']:.4f}   {_name(hit)}", _words(hit))
             for hit in hits
         )
         render.print_line()
     if not result.jsonl:
         render.print_closing(settings)
+
+
+def _name(hit: Mapping[str, Any]) -> str:
+    """Name a hit: its id, and among several sides its side and item."""
+    if "side" not in hit:
+        return str(hit["id"])
+    item = f" of {hit['item']}" if hit["item"] not in (None, hit["id"]) else ""
+    return f"{hit['side']} {hit['id']}{item}"
 
 
 def _words(hit: Mapping[str, Any]) -> str:

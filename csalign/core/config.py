@@ -38,6 +38,8 @@ ALIASES = {
     "hidden_dim": "hidden",
     "val_count": "validations",
     "html": "report",
+    "sides": "side",
+    "items": "pairs",
     "plot": "report",
 }
 """Other names of options, on the command line, in ``--config`` and from Python."""
@@ -97,7 +99,23 @@ def _parse_words(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _parse_named(value: Any) -> Any:
+    """Parse words such as ``audio=a.npy``, one or several, as values by name."""
+    if value is None or isinstance(value, Mapping):
+        return value
+    found: dict[str, str] = {}
+    for word in (value,) if isinstance(value, str) else value:
+        name, _, own = str(word).partition("=")
+        if not (name.strip() and own.strip()):
+            raise ValueError(f"must be NAME=VALUE, not {word!r}")
+        if name.strip() in found:
+            raise ValueError(f"{name.strip()} is given twice; give it once")
+        found[name.strip()] = own.strip()
+    return found
+
+
 Number = BeforeValidator(parse_number)
+Named = BeforeValidator(_parse_named)
 Several = BeforeValidator(_parse_numbers)
 Words = BeforeValidator(_parse_words)
 Location = Annotated[Path, PlainValidator(_parse_place), PlainSerializer(str)]
@@ -186,7 +204,10 @@ class Config(BaseModel):
         """Return a field as it is written on the command line: ``--out``, or ``FEATURES``."""
         if name in cls.positional and name in cls.model_fields:
             return cls.model_fields[name].title or name.upper()
-        return f"--{name.removesuffix('_').replace('_', '-')}"
+        field = cls.model_fields.get(name)
+        extra = None if field is None else field.json_schema_extra
+        flag = extra.get("flag", name) if isinstance(extra, dict) else name
+        return f"--{str(flag).removesuffix('_').replace('_', '-')}"
 
     def check(self) -> None:
         """Raise ConfigError if options are missing or do not go together."""
@@ -243,6 +264,8 @@ def written(option: str, value: Any) -> list[str]:
     """Write an option as on the command line; its value from the words of an example if missing."""
     if isinstance(value, bool):
         return [option if value else option.replace("--", "--no-", 1)]
+    if isinstance(value, dict):
+        return [word for name, own in value.items() for word in (option, f"{name}={own}")]
     if isinstance(value, tuple):
         value = ",".join(map(str, value))
     if isinstance(value, list):

@@ -109,6 +109,7 @@ class DivergenceName(StrEnum):
     """A divergence between the distributions of two sets of rows."""
 
     CS = "cs"
+    HOLDER = "holder"
     MMD = "mmd"
     GAUSSIAN_KL = "gaussian-kl"
     SINKHORN = "sinkhorn"

@@ -81,7 +81,7 @@ def _check_local_place(out: Path, inputs: tuple[Path, ...], searched: Path | Non
     partial = partial_path(resolved)
     if _previous(resolved).is_dir():
         _repair_swap(resolved, partial)
-    _refuse_foreign(partial)
+    refuse_foreign(partial)
     if resolved.exists() and not resolved.is_dir():
         raise OutputError(f"{out}: is a file; choose another --out")
 
@@ -94,7 +94,8 @@ def check_page(path: Path) -> None:
         raise OutputError(f"{path}: the folder {path.parent} does not exist; create it first")
 
 
-def _refuse_foreign(partial: Path) -> None:
+def refuse_foreign(partial: Path) -> None:
+    """Raise OutputError if there is a folder for unfinished work that csalign did not make."""
     names = _names(partial)
     if names and not names & {LOCK, JOB}:
         raise OutputError(f"{partial}: is in the way and csalign did not make it; move it")
@@ -178,7 +179,7 @@ def changing(folder: Path) -> Iterator[None]:
             yield
         return
     partial = partial_path(folder.resolve())
-    _refuse_foreign(partial)
+    refuse_foreign(partial)
     refuse_other_work(partial)
     with translate_os_errors(folder), lock_folder(partial):
         try:

@@ -205,7 +205,7 @@ class Fields(Result):
     def __post_init__(self) -> None:
         """Fill the mapping; optional values only if there are any."""
         values = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(self).items()}
-        optional = ("names", "pairing", "existed", "joined", "refit")
+        optional = ("names", "pairing", "existed", "joined", "refit", "sides", "counts")
         self.update({key: value for key, value in values.items() if key not in optional or value})
 
 
@@ -223,6 +223,13 @@ class FeaturesResult(Fields):
     pairing: str | None = None  # of imported rows, such as "row order"; None if unknown
     existed: bool = False  # whether the same extraction had written it before
     joined: int | None = None  # images that repeated an earlier one, and have no row; None if none
+    # {"audio": {"rows": n, "unpaired": u, "width": d, "encoder": spec}, ...}, of import --side
+    sides: dict[str, dict[str, Any]] | None = None
+    # {"items": n, "by_sides": {"1": n, ...}, "pairs": {"audio": {"text": n}, ...}}, likewise
+    counts: dict[str, Any] | None = None
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [{"side": name, **own} for name, own in (self.sides or {}).items()]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -244,15 +251,20 @@ class SplitResult(Fields):
         """The groups in words; empty if there are none."""
         if not self.groups:
             return ""
-        images = renamed(f"{self.grouped:,} images", self.names)
+        images = renamed(f"{self.grouped:,} {self._noun}", self.names)
         groups = counted(self.groups, "group")
         return f"{images} in {groups} kept together: near-duplicates and shared captions"
 
     def __str__(self) -> str:
-        """Return the numbers of images in words."""
-        images = ", ".join(f"{name} {own['images']:,}" for name, own in self.splits.items())
+        """Return the numbers of images in words, or of items of any number of sides."""
+        noun = self._noun
+        images = ", ".join(f"{name} {own.get(noun, 0):,}" for name, own in self.splits.items())
         groups = f" ({self.kept_together})" if self.groups else ""
-        return renamed(f"{images} images", self.names) + groups
+        return renamed(f"{images} {noun}", self.names) + groups
+
+    @property
+    def _noun(self) -> str:
+        return "items" if any("items" in own for own in self.splits.values()) else "images"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -263,7 +275,7 @@ class TrainResult(Fields):
     steps: int  # optimizer steps made
     best_step: int  # of the network; 0 is the initialization, if no step beat it
     start: str  # closed form of the initialization with its settings, or "random"
-    pairs: dict[str, int]  # texts with an image, in training and validation
+    pairs: dict[str, int]  # texts with an image (or items), in training and validation
     width: int  # of the aligned embeddings: the sum of those of the parts
     parameters: dict[str, int]  # by side, of all parts
     # Figures by what they are of, before a refit: "start", the initialization; "kept", the best
@@ -274,6 +286,7 @@ class TrainResult(Fields):
     names: Names | None = None  # of the sides, None for image and text
     parts: str = ""  # and shares, such as "network 50 %, kernel CCA (...) 50 %"; "": a network
     refit: str = ""  # whether the held-out pairs were learned from at the end, in words
+    sides: list[str] | None = None  # of a set of several, whose items `pairs` counts; else None
 
     def _rows(self) -> list[dict[str, Any]]:
         return [{"weights": name, **score} for name, score in self.validation.items()]

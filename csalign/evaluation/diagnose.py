@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 CLIP_LOGIT_SCALE = 100.0
 DEFAULT_WEIGHT = 1.0  # of the divergence
+_CS = (DivergenceName.CS, DivergenceName.HOLDER)  # the same for two sides
 SCALES = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 SAMPLED = 5_000  # rows per side, for the uniformity over all their pairs
 
@@ -194,7 +195,7 @@ def _trained_weight(adapter: Path) -> float:
     """Return the weight that a run gave to the CS divergence, the last one if it varied."""
     run = run_folder(adapter)
     settings = read_settings(run)
-    if settings.get("divergence", DivergenceName.CS) != DivergenceName.CS:
+    if settings.get("divergence", DivergenceName.CS) not in _CS:
         log.warning("%s: was trained without the CS divergence; its weight is set to 1", adapter)
         return DEFAULT_WEIGHT
     weights = [line["cs_weight"] for line in read_lines(run) if "cs_weight" in line]

@@ -20,6 +20,7 @@ from csalign.features.checks import LEAST_PAIRS, examine
 from csalign.features.join import ALL, join_ids
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import MANIFEST
+from csalign.features.sides import describe_sides
 from csalign.ingest.job import Job, WorkShard
 from csalign.ingest.locks import merge_parts
 from csalign.ingest.partial_set import PartialSet
@@ -106,17 +107,23 @@ def _inspect(path: Path) -> dict[str, Any]:
 
 def summarise_features(features: FeatureSet) -> dict[str, Any]:
     """Summarise a feature set from its manifest and its split columns, without verifying it."""
-    manifest = features.manifest
+    manifest, sides = features.manifest, features.manifest.sides
     shards = [*manifest.shards.images, *manifest.shards.texts]
+    shards += [shard for side in sides.values() for shard in side.shards]
     splits = features.splits()
+    described = describe_sides(features) if features.is_sided else None
     return {
         "kind": "features",
         "path": str(features.path),
         "format_version": manifest.format_version,
         **({} if manifest.names is None else {"names": dict(manifest.names)}),
         "dtype": manifest.dtype,
-        "encoders": manifest.encoders.model_dump(mode="json"),
-        "counts": manifest.counts.model_dump(),
+        **({"sides": described[0]} if described else {}),
+        "encoders": {
+            **manifest.encoders.model_dump(mode="json"),
+            **{str(side): own.encoder.model_dump(mode="json") for side, own in sides.items()},
+        },
+        "counts": manifest.counts.model_dump() | (described[1] if described else {}),
         **({} if manifest.pairing is None else {"pairing": manifest.pairing}),
         **({} if manifest.joined is None else {"joined": manifest.joined}),
         "splits": {name or NO_SPLIT: counts for name, counts in splits.items()},
@@ -186,6 +193,8 @@ def _inspect_run(folder: Path) -> dict[str, Any]:
     settings, environment = metadata.read_settings(run), metadata.read_environment(run)
     lines = metadata.read_lines(run)
     scores = [line for line in lines if "validation" in line]
+    typed = settings.get("features")  # bind takes several, or none
+    features = typed if isinstance(typed, str) else environment.get(metadata.FEATURES)
     return {
         "kind": "run",
         "path": str(folder),
@@ -194,7 +203,7 @@ def _inspect_run(folder: Path) -> dict[str, Any]:
         "kinds": {side: shape.title for side, shape in info.adapters.items()},
         "shares": adapter.shares,
         "parameters": adapter.parameter_counts(),
-        "features": settings.get("features"),
+        "features": features,
         "steps": _last_step(lines),
         "seconds": environment.get("seconds"),
         "bytes": _bytes(folder),

@@ -254,11 +254,13 @@ def merge_pairs(n: int, first: Ints, second: Ints) -> Ints:
 
 def hash_ids(images: FeatureTable) -> Hashes:
     """Hash the id of each image, (n,), alike on every machine."""
-    parts = [
-        hashlib.blake2b(name.encode(), digest_size=8).digest()
-        for chunk in images.column(schema.ID).chunks
-        for name in chunk.to_pylist()
-    ]
+    chunks = images.column(schema.ID).chunks
+    return hash_names(name for chunk in chunks for name in chunk.to_pylist())
+
+
+def hash_names(names: Iterable[str]) -> Hashes:
+    """Hash n names, (n,), alike on every machine."""
+    parts = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names]
     return np.frombuffer(b"".join(parts), "<u8").astype(np.uint64)
 
 

@@ -1,7 +1,7 @@
 """Write embeddings as other tools read them: .npy with .csv, or the folders of clip-retrieval."""
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from csalign.core import __version__, atomic
 from csalign.core.arrays import Array
-from csalign.core.enums import Modality
+from csalign.core.enums import AnySide, Modality, side_of
 from csalign.core.errors import CsalignError, DataError, SchemaError, ShapeError
 from csalign.core.records import read_object
 from csalign.features import schema
@@ -23,14 +23,15 @@ from csalign.features.writer import FeatureWriter, Rows
 
 PART_ROWS = 1_000_000  # per file of clip-retrieval
 NOTE = "aligned.json"
-FOLDERS = {Modality.IMAGE: "img_emb", Modality.TEXT: "text_emb"}
-ENTRIES = frozenset(
-    {NOTE, "config.toml", *FOLDERS.values(), "metadata"}
-    | {f"{side.plural}{suffix}" for side in Modality for suffix in (".npy", ".csv")}
-)
-"""Names in the folders of both forms."""
+FOLDERS: dict[AnySide, str] = {Modality.IMAGE: "img_emb", Modality.TEXT: "text_emb"}
 
-Shapes = Mapping[Modality, tuple[int, int]]
+Shapes = Mapping[AnySide, tuple[int, int]]
+
+
+def export_entries(sides: Iterable[AnySide]) -> set[str]:
+    """Return the names in the folders of both forms."""
+    files = {f"{side.plural}{suffix}" for side in sides for suffix in (".npy", ".csv")}
+    return {NOTE, "config.toml", *FOLDERS.values(), "metadata", *files}
 
 
 def recorded_encoder(file: Path) -> EncoderInfo | None:
@@ -38,15 +39,18 @@ def recorded_encoder(file: Path) -> EncoderInfo | None:
 
     It is in ``manifest.json`` or ``aligned.json``, beside or above the file; None if there is none.
     """
-    for folder in list(file.parents)[:2]:
+    for folder in list(file.parents)[:3]:
         name = file.relative_to(folder).as_posix()
         with suppress(CsalignError, OSError, LookupError, TypeError, ValueError):  # none of ours
             if (folder / schema.MANIFEST).is_file():
                 found = schema.read_manifest(folder)
                 paths = {own.path: side for side in Modality for own in found.shards.side(side)}
-                return found.encoders.side(paths[name])
+                further = {s.path: own for own in found.sides.values() for s in own.shards}
+                return (
+                    further[name].encoder if name in further else found.encoders.side(paths[name])
+                )
             note = read_object(folder / NOTE, AGAIN)
-            files = {f"{side.plural}.npy": side for side in Modality}
+            files = {f"{side_of(side).plural}.npy": side for side in note["widths"]}
             side = (files | {own: side for side, own in FOLDERS.items()})[name.split("/")[0]]
             spec, run = (note.get("encoders") or {side: UNKNOWN})[side], Path(note["adapter"]).name
             return EncoderInfo(
@@ -58,26 +62,36 @@ def recorded_encoder(file: Path) -> EncoderInfo | None:
 
 
 class NpyExport:
-    """Write ``images.npy`` and ``texts.npy``, each with a .csv of its strings, a line per row.
+    """Write ``images.npy``, ``texts.npy``, ``audio.npy``, each with a .csv of its strings.
 
     A context manager: leaving the block without an exception writes ``aligned.json``, with `note`.
+    With `items` images and texts have a column of items.
     """
 
     layout = "npy"
 
-    def __init__(self, folder: Path, shapes: Shapes, dtype: str, note: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shapes: Shapes,
+        dtype: str,
+        note: Mapping[str, Any],
+        *,
+        items: bool = False,
+    ) -> None:
+        self._columns = {side: schema.string_columns(side, items=items) for side in shapes}
         self._folder = folder
         self._shapes = dict(shapes)
         self._dtype = dtype
         self._note = dict(note)
         self._stack = ExitStack()
         self._written = dict.fromkeys(shapes, 0)
-        self._files: dict[Modality, tuple[IO[bytes], Any]] = {}
+        self._files: dict[AnySide, tuple[IO[bytes], Any]] = {}
         self._start()
 
-    def write(self, modality: Modality, rows: Rows) -> None:
+    def write(self, side: str, rows: Rows) -> None:
         """Append rows to one side, images before texts; raises DataError if one is unusable."""
-        modality = Modality.of(modality)
+        modality = side_of(side)
         stored = rows.stored(modality, self._dtype)
         self._written[modality] += len(stored)
         self._write(modality, rows, stored)
@@ -108,7 +122,7 @@ class NpyExport:
         }
         atomic.write_json(self._folder / NOTE, note)
 
-    def _open_npy(self, path: Path, side: Modality, rows: int) -> IO[bytes]:
+    def _open_npy(self, path: Path, side: AnySide, rows: int) -> IO[bytes]:
         """Open an .npy file of a known shape, to which rows are appended."""
         path.parent.mkdir(exist_ok=True)
         file = self._stack.enter_context(path.open("wb"))
@@ -122,13 +136,13 @@ class NpyExport:
             path = self._folder / f"{side.plural}.npy"
             text = path.with_suffix(".csv").open("w", encoding="utf-8", newline="")
             table = csv.writer(self._stack.enter_context(text), lineterminator="\n")
-            table.writerow(schema.STRING_COLUMNS[side])
+            table.writerow(self._columns[side])
             self._files[side] = (self._open_npy(path, side, rows), table)
 
-    def _write(self, modality: Modality, rows: Rows, stored: Array) -> None:
+    def _write(self, modality: AnySide, rows: Rows, stored: Array) -> None:
         file, table = self._files[modality]
         file.write(stored.data)
-        columns = map(rows.strings, schema.STRING_COLUMNS[modality])
+        columns = map(rows.strings, self._columns[modality])
         table.writerows(zip(*columns, strict=True))
 
     def _counts(self) -> dict[str, int]:
@@ -155,7 +169,7 @@ class ClipRetrievalExport(NpyExport):
         if not self._total:
             raise DataError("no text has an image, and each row is to be a pair; use --format npy")
         self._done = 0
-        self._arrays: dict[Modality, IO[bytes]] = {}
+        self._arrays: dict[AnySide, IO[bytes]] = {}
         self._metadata: pq.ParquetWriter | None = None
         self._images: dict[str, tuple[int, dict[str, str | None]]] = {}  # row and strings, by id
         self._used: set[str] = set()
@@ -166,7 +180,7 @@ class ClipRetrievalExport(NpyExport):
         self._kept = self._stack.enter_context(TemporaryFile(dir=self._folder))  # noqa: SIM115
 
     @property
-    def omitted(self) -> dict[Modality, int]:
+    def omitted(self) -> dict[AnySide, int]:
         """Rows of each side that have no partner."""
         if not self._paired:
             return dict.fromkeys(self._shapes, 0)
@@ -175,9 +189,8 @@ class ClipRetrievalExport(NpyExport):
             Modality.TEXT: self._written[Modality.TEXT] - self._done,
         }
 
-    def _write(self, modality: Modality, rows: Rows, stored: Array) -> None:
-        names = schema.STRING_COLUMNS[modality]
-        columns = zip(*map(rows.strings, names), strict=True)
+    def _write(self, modality: AnySide, rows: Rows, stored: Array) -> None:
+        columns = zip(*map(rows.strings, self._columns[modality]), strict=True)
         if modality is Modality.IMAGE:
             images = [
                 {"image_path": source or name, "image_id": name, "split": split}
@@ -206,7 +219,7 @@ class ClipRetrievalExport(NpyExport):
                 chosen.append(place)
             records.append(record)
             kept.append(row)
-        vectors = {Modality.TEXT: stored[kept]}
+        vectors: dict[AnySide, Array] = {Modality.TEXT: stored[kept]}
         if self._paired:
             self._kept.flush()
             shape = self._shapes[Modality.IMAGE]
@@ -215,7 +228,7 @@ class ClipRetrievalExport(NpyExport):
         self._append(vectors, records)
 
     def _append(
-        self, vectors: Mapping[Modality, Array], records: Sequence[Mapping[str, str | None]]
+        self, vectors: Mapping[AnySide, Array], records: Sequence[Mapping[str, str | None]]
     ) -> None:
         start = 0
         while start < len(records):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -132,6 +133,22 @@ def load_sides(
     return SidedRows(name, found, keys)
 
 
+def in_order(features: FeatureSet, rows: SidedRows) -> SidedRows:
+    """Sort the rows of each side by their item, and those of one item by their ids.
+
+    So sorted they do not depend on the order in which they are stored.
+    """
+    found = {}
+    for side, own in rows.sides.items():
+        order = np.argsort(own.items, kind="stable")
+        if (np.diff(own.items[order]) == 0).any():
+            ids = features.table(side).strings(schema.ID, own.table_rows)
+            rank = np.argsort(pc.sort_indices(ids).to_numpy())
+            order = np.lexsort((rank, own.items))
+        found[side] = own.take(order, own.items[order])
+    return replace(rows, sides=found)
+
+
 def item_column(features: FeatureSet, side: AnySide, rows: Ints | None = None) -> pa.Array:
     """Read the key of the item of each row (ascending; None is all), null for none, (n,).
 
@@ -168,3 +185,36 @@ def number_items(
         numbers[side] = found
     padding = pa.nulls(count - len(keys), pa.large_string())
     return numbers, pa.concat_arrays([keys, padding])
+
+
+def describe_sides(
+    features: FeatureSet, sides: Sequence[AnySide] | None = None
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Count the rows, items and pairs of some sides (all by default); reads no embeddings.
+
+    Returns:
+        By side "rows", those that are "unpaired" (their item has no other side), "width" and
+        "encoder"; and the number of "items", "by_sides", how many have rows of so many sides, and
+        "pairs" of rows of each two sides that share an item.
+    """
+    chosen = features.sides if sides is None else sides
+    columns = {side: item_column(features, side) for side in chosen}
+    numbers, keys = number_items(features, columns, dict.fromkeys(chosen))
+    rows = {side: np.bincount(numbers[side], minlength=len(keys)) for side in chosen}
+    present = np.sum([own > 0 for own in rows.values()], axis=0)
+    by_sides = np.bincount(present, minlength=2)[1:]
+    found = {
+        str(side): {
+            "rows": len(numbers[side]),
+            "unpaired": int((present[numbers[side]] == 1).sum()),
+            "width": features.table(side).width,
+            "encoder": features.table(side).encoder.spec,
+        }
+        for side in chosen
+    }
+    pairs = {
+        str(one): {str(other): int(rows[one] @ rows[other]) for other in chosen[place + 1 :]}
+        for place, one in enumerate(chosen[:-1])
+    }
+    counts = {str(n): int(count) for n, count in enumerate(by_sides, 1) if count}
+    return found, {"items": len(keys), "by_sides": counts, "pairs": pairs}

@@ -16,15 +16,23 @@ import pyarrow.parquet as pq
 
 from csalign.core import atomic
 from csalign.core.arrays import Ints, Mask
-from csalign.core.enums import usual_split
+from csalign.core.enums import Modality, usual_split
 from csalign.core.errors import DataError
 from csalign.core.figures import counted
 from csalign.core.results import SplitResult
 from csalign.features import schema
-from csalign.features.duplicates import Hashes, Links, hash_ids, link_near_duplicates, mix
+from csalign.features.duplicates import (
+    Hashes,
+    Links,
+    hash_ids,
+    hash_names,
+    link_near_duplicates,
+    mix,
+)
 from csalign.features.join import ALL, Joined, first_alike, join_ids, text_keys
 from csalign.features.reader import FeatureSet, FeatureTable, batch_vectors
 from csalign.features.schema import Splits, SplitSettings
+from csalign.features.sides import item_column, number_items
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +72,8 @@ def make_splits(features: FeatureSet, settings: SplitSettings) -> SplitResult:
         SchemaError: a file is damaged.
     """
     path, images, texts = features.path, features.images, features.texts
+    if _noun(features) == "items":
+        return _split_items(features, settings)
     if not len(images):
         raise DataError(f"{path}: contains texts only; splits are made by image")
     joined = join_ids(features, ALL)
@@ -91,8 +101,10 @@ def make_splits(features: FeatureSet, settings: SplitSettings) -> SplitResult:
         threshold=grouped.threshold,
         groups=len(several),
         grouped=int(several.sum()),
-        images=_write(images, split),
-        texts=_write(texts, of_texts) if len(texts) else None,
+        images=write_splits(path, images.modality.plural, images.column(schema.ID), split),
+        texts=write_splits(path, texts.modality.plural, texts.column(schema.ID), of_texts)
+        if len(texts)
+        else None,
     )
     manifest = features.manifest.model_copy(update={"splits": made})
     schema.write_manifest(path, manifest)
@@ -107,6 +119,9 @@ def describe_splits(features: FeatureSet) -> SplitResult:
     counts = {name or "(none)": own for name, own in features.splits().items()}
     order = {TRAIN: 0, "val": 1, "test": 2}
     counts = dict(sorted(counts.items(), key=lambda item: (order.get(item[0], 3), item[0])))
+    if _noun(features) == "items":
+        for name, number in _items_by_split(features).items():
+            counts[name]["items"] = number
     return SplitResult(
         features.path,
         counts,
@@ -115,6 +130,20 @@ def describe_splits(features: FeatureSet) -> SplitResult:
         made.threshold,
         names=features.manifest.names,
     )
+
+
+def _items_by_split(features: FeatureSet) -> dict[str, int]:
+    """Count the items with rows of two sides or more, by split."""
+    sides = features.sides
+    items, keys = number_items(
+        features, {side: item_column(features, side) for side in sides}, dict.fromkeys(sides)
+    )
+    count, split = np.zeros(len(keys), np.int64), np.full(len(keys), None, object)
+    for side, of in items.items():
+        count[np.unique(of)] += 1
+        split[of] = features.table(side).column(schema.SPLIT).to_numpy()
+    names = pa.array(split[count > 1], pa.string()).value_counts().to_pylist()
+    return {own["values"] or "(none)": own["counts"] for own in names}
 
 
 @dataclass(frozen=True)
@@ -169,14 +198,21 @@ def group_images(features: FeatureSet, joined: Joined, *, near: bool = True) -> 
     keys = _caption_keys(features.texts)
     keys = keys if joined.text_rows is None else keys[joined.text_rows]
     paired = np.flatnonzero(joined.text_image >= 0)
-    # Each caption once per image, so that counts are of images.
-    shares = np.unique(first_alike(keys[paired]) * len(images) + rows[joined.text_image[paired]])
-    captions, owners = np.divmod(shares, len(images))
-    counts = np.bincount(captions, minlength=1)[captions]
-    is_shared = (counts > 1) & (counts <= MOST_SHARING)
-    captions, owners = captions[is_shared], owners[is_shared]
-    links.add(owners, owners[first_alike(captions)])
+    _link_sharing(links, keys[paired], rows[joined.text_image[paired]], len(images))
     return Grouped(first_alike(links.groups()[rows]), hashes[rows], threshold, keys)
+
+
+def _link_sharing(links: Links, keys: Ints, owners: Ints, count: int) -> None:
+    """Link the images or items (m,), of `count`, whose rows have equal keys (m,).
+
+    A key of more than `MOST_SHARING` of them, such as a keyword, is ignored.
+    """
+    # Each key once per image, so that counts are of images.
+    values, of = np.divmod(np.unique(first_alike(keys) * count + owners), count)
+    counts = np.bincount(values, minlength=1)[values]
+    is_shared = (counts > 1) & (counts <= MOST_SHARING)
+    values, of = values[is_shared], of[is_shared]
+    links.add(of, of[first_alike(values)])
 
 
 def _is_free(stored: pa.Array) -> Mask:
@@ -184,6 +220,66 @@ def _is_free(stored: pa.Array) -> Mask:
         zero_copy_only=False
     )
     return free
+
+
+def _split_items(features: FeatureSet, settings: SplitSettings) -> SplitResult:
+    """Divide the items of a set of any number of sides, with all of their rows.
+
+    Items with rows of two sides or more are counted and chosen. Those stay together whose images
+    are near-duplicates, or that share a caption or, up to `MOST_SHARING` of them, near-duplicates
+    of another side but texts.
+    """
+    tables = {side: features.table(side) for side in features.sides}
+    columns = {side: item_column(features, side) for side in tables}
+    items, keys = number_items(features, columns, dict.fromkeys(tables))
+    count, sides = len(keys), np.zeros(len(keys), np.int64)
+    stored = {side: table.column(schema.SPLIT).combine_chunks() for side, table in tables.items()}
+    is_free, links, threshold = np.ones(count, bool), Links(count), None
+    for side, table in tables.items():
+        of = items[side]
+        sides[np.unique(of)] += 1
+        is_free[of[~_is_free(stored[side])]] = False
+        if not settings.group or not len(table):
+            continue
+        is_described = side != Modality.IMAGE and table.column(schema.CAPTION).null_count == 0
+        if is_described or side == Modality.TEXT:
+            _link_sharing(links, _caption_keys(table), of, count)
+        else:
+            own = Links(len(table))
+            found = link_near_duplicates(table, hash_ids(table), own)
+            threshold = found if threshold is None else threshold
+            if side == Modality.IMAGE:
+                links.add(of, of[own.groups()])
+            else:
+                _link_sharing(links, own.groups(), of, count)
+    is_candidate = is_free & (sides > 1)
+    if not (sides > 1).any():
+        raise DataError(f"{features.path}: no item has rows of two sides; splits are made by item")
+    sizes = _sizes(features, settings, int(is_candidate.sum()))
+    names = pc.fill_null(keys, "").to_pylist()
+    groups = links.groups()
+    placed = Grouped(groups, hash_names(names)).place(is_free, is_candidate, sizes, settings.seed)
+    _check_placed(features, groups, is_candidate, placed, sizes)
+    made_of = pa.array([TRAIN, *sizes]).take(pa.array(placed))
+    files = {}
+    for side, table in tables.items():
+        split = made_of.take(pa.array(items[side]))
+        split = pc.if_else(pa.array(is_free[items[side]]), split, stored[side])
+        files[side] = write_splits(features.path, side.plural, table.column(schema.ID), split)
+    several = np.bincount(groups, minlength=1)
+    several = several[several > 1]
+    made = Splits(
+        settings=settings,
+        threshold=threshold,
+        groups=len(several),
+        grouped=int(several.sum()),
+        images=files.pop(Modality.IMAGE, None),
+        texts=files.pop(Modality.TEXT, None),
+        sides=files,
+    )
+    manifest = features.manifest.model_copy(update={"splits": made})
+    schema.write_manifest(features.path, manifest)
+    return describe_splits(FeatureSet.open(features.path))
 
 
 def _sizes(features: FeatureSet, settings: SplitSettings, count: int) -> dict[str, int]:
@@ -206,9 +302,10 @@ def _sizes(features: FeatureSet, settings: SplitSettings, count: int) -> dict[st
     if sum(sizes.values()) >= count:
         wanted = " and ".join(f"{name} {size:,}" for name, size in sizes.items())
         what = "images with texts" if len(features.texts) else "images"
+        what = "items of two sides or more" if _noun(features) == "items" else what
         raise DataError(
-            f"{path}: {wanted} images would leave nothing to train on, of {count:,} {what} that "
-            "can be divided; ask for fewer"
+            f"{path}: {wanted} {_noun(features)} would leave nothing to train on, of {count:,} "
+            f"{what} that can be divided; ask for fewer"
         )
     return sizes
 
@@ -227,19 +324,26 @@ def _caption_keys(texts: FeatureTable) -> Ints:
     return np.concatenate(found)
 
 
+def _noun(features: FeatureSet) -> str:
+    return "items" if features.is_sided or features.manifest.items else "images"
+
+
 def _check_placed(
     features: FeatureSet, groups: Ints, is_candidate: Mask, placed: Ints, sizes: Mapping[str, int]
 ) -> None:
     """Warn of splits that are smaller than asked for, as groups are large; refuse empty ones."""
     largest = int(np.bincount(groups[is_candidate]).max())
     if largest > max(sizes.values()):
-        log.info("a group of %s images is too large to be held out, and stays in train", largest)
+        log.info(
+            "a group of %s %s is too large to be held out, and stays in train",
+            *(largest, _noun(features)),
+        )
     for place, (name, size) in enumerate(sizes.items(), 1):
         found = int((is_candidate & (placed == place)).sum())
         problem = (
-            f"{name} has {found:,} of {size:,} images, since groups of near-duplicates and shared "
-            f"captions stay together and the largest has {largest:,}; pass --no-group to divide "
-            "them"
+            f"{name} has {found:,} of {size:,} {_noun(features)}, since groups of near-duplicates "
+            f"and shared captions stay together and the largest has {largest:,}; pass --no-group "
+            "to divide them"
         )
         if not found:
             raise DataError(f"{features.path}: {problem}")
@@ -281,11 +385,11 @@ def _split_texts(
     return pc.fill_null(found.take(pa.array(held, mask=held < 0)), TRAIN)
 
 
-def _write(table: FeatureTable, split: pa.Array) -> schema.Shard:
-    name = f"{schema.SPLITS}/{table.modality.plural}.parquet"
-    ids = table.column(schema.ID)
-    rows = pa.table([ids, pa.chunked_array([split])], schema=schema.splits_schema())
-    path = table.folder / schema.SPLITS / f"{table.modality.plural}.parquet"
+def write_splits(folder: Path, plural: str, ids: pa.Array, split: pa.Array) -> schema.Shard:
+    """Write the file of a side's splits, n strings each, in the order of its rows."""
+    name = f"{schema.SPLITS}/{plural}.parquet"
+    rows = pa.table({schema.ID: ids, schema.SPLIT: split}).cast(schema.splits_schema())
+    path = folder / schema.SPLITS / f"{plural}.parquet"
     with atomic.atomic_path(path) as temporary:
         pq.write_table(
             rows,

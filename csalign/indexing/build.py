@@ -2,27 +2,30 @@
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from rich.filesize import decimal
 
 from csalign.adapters.checkpoint import DESCRIPTION as ADAPTER_DESCRIPTION
-from csalign.adapters.checkpoint import WEIGHTS
+from csalign.adapters.checkpoint import WEIGHTS, read_info
 from csalign.adapters.kinds import is_baseline
 from csalign.adapters.model import Adapter
 from csalign.core import atomic, outputs
 from csalign.core.arrays import Floats, Ints
 from csalign.core.devices import available_bytes
-from csalign.core.enums import Modality
-from csalign.core.errors import ConfigError, DataError
+from csalign.core.enums import AnySide, Modality
+from csalign.core.errors import ConfigError, DataError, ShapeError
 from csalign.core.progress import Progress, silent, tick
 from csalign.core.results import Result
 from csalign.features import schema
-from csalign.features.join import Joined, item_columns, join_ids
+from csalign.features.join import ALL, Joined, item_columns, join_ids, select_rows, split_names
 from csalign.features.reader import FeatureSet
+from csalign.features.sides import item_column
 from csalign.indexing.config import IndexConfig, ItemOptions, VectorOptions
 from csalign.indexing.manifest import (
     ADAPTER,
@@ -36,7 +39,12 @@ from csalign.indexing.manifest import (
     write_items,
 )
 from csalign.indexing.vectors import HubCorrection, VectorIndex, choose_factory, exact_neighbours
-from csalign.runs.load import index_again, load_adapter_for, stream_aligned
+from csalign.runs.load import (
+    index_again,
+    load_adapter_for,
+    named_sides,
+    stream_aligned,
+)
 
 RECALL_AT = 10
 QUERIES = 1_000  # that recall is measured on, at most
@@ -98,30 +106,36 @@ def build_index(
     features: FeatureSet, items: ItemOptions, options: VectorOptions, *, batch_size: int = 8_192
 ) -> SearchIndex:
     """Build an index in memory; embeddings are streamed by row group. Raises as `index` does."""
-    side = Modality(items.side)
+    sides = named_sides(features, items.side.split(","))
     adapter, info = None, None
     if items.adapter is not None:
-        adapter, info = load_adapter_for(features, items.adapter, items)
-    _ = features.table(side).encoder  # raises if the side is missing
-    rows = _Rows(features, join_ids(features, items.split), side, adapter, batch_size)
-    count = len(rows.numbers(side))
+        known = Modality if is_baseline(items.adapter) else read_info(items.adapter).adapters
+        used = [side for side in features.sides if side in sides or side in [*known]]
+        adapter, info = load_adapter_for(features, items.adapter, items, sides=used)
+    joined = join_ids(features, items.split)
+    rows = _Rows(features, joined, items.split, sides, adapter, batch_size)
+    count = rows.count(sides)
     if not count:
-        raise DataError(f"{rows.joined.name}: has no {side.plural}; name another --split")
+        listed = " or ".join(side.plural for side in sides)
+        raise DataError(f"{joined.name}: has no {listed}; name another --split")
+    if len({rows.width(side) for side in sides}) > 1:
+        listed = ", ".join(f"{side} {rows.width(side)}" for side in sides)
+        raise ShapeError(f"{features.path}: sides of several widths ({listed}); pass --adapter RUN")
     correction = _correction(rows, options)
     factory = choose_factory(count) if options.factory == "auto" else options.factory
-    width = correction.items(rows.sample(side, 1)).shape[1]
+    width = correction.items(rows.sample(sides, 1)).shape[1]
     vectors = VectorIndex.create(factory, width)
     _check_memory(vectors, count, options)
     if sampled := vectors.training_rows(count):
         tick("training the index")
-        vectors.train(correction.items(rows.sample(side, sampled)))
-    for part in rows.stream(side):
+        vectors.train(correction.items(rows.sample(sides, sampled)))
+    for part in rows.stream(sides):
         vectors.add(correction.items(part))
         tick("indexing: rows", len(vectors), count)
     tick("measuring recall")
     recall = None if vectors.is_exact else _measure(vectors, rows, correction, options)
     manifest = IndexManifest(
-        side=side,
+        side=",".join(sides),
         names=features.manifest.names,
         factory=factory,
         rows=count,
@@ -129,7 +143,10 @@ def build_index(
         effort=vectors.effort,
         recall=recall,
         correct=options.correct,
-        encoders={each: features.table(each).info for each in Modality},
+        encoders={
+            each: features.table(each).info
+            for each in (features.sides if features.is_sided else Modality)
+        },
         adapter_sha256=None if info is None else info.weights_sha256,
         features=str(features.path),
         source_root=features.manifest.source_root,
@@ -137,44 +154,91 @@ def build_index(
         split=items.split,
         files={},
     )
-    table = items_table(item_columns(features, rows.joined, side))
+    table = pa.concat_tables([items_table(rows.columns(side)) for side in sides])
     return SearchIndex(manifest, vectors, table, correction, adapter)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows to index, and those of the other side, in the shared space."""
+    """Rows to index, and those of the other sides, in the shared space."""
 
     features: FeatureSet
     joined: Joined
-    side: Modality
+    split: str
+    sides: tuple[AnySide, ...]  # that are indexed
     adapter: Adapter | None
     batch_size: int
 
-    @property
-    def has_other(self) -> bool:
-        """True if the other side has rows in the same space."""
-        own, other = self.features.table(self.side), self.features.table(self.side.other)
-        if other.info is None or not len(self.numbers(self.side.other)):
-            return False
-        return self.adapter is not None or other.width == own.width
+    @cached_property
+    def others(self) -> tuple[AnySide, ...]:
+        """The sides that are not indexed and have rows in the same space."""
+        width = self.width(self.sides[0])
+        there = [side for side in self.features.sides if side not in self.sides]
+        if self.adapter is not None:
+            there = [side for side in there if side in self.adapter.names]
+        return tuple(own for own in there if self.count([own]) and self.width(own) == width)
 
-    def numbers(self, side: Modality) -> Ints:
-        """Return row numbers in the table of a side."""
-        is_image = side is Modality.IMAGE
-        rows = self.joined.image_rows if is_image else self.joined.text_rows
-        count = self.joined.n_images if is_image else self.joined.n_texts
-        return np.arange(count) if rows is None else rows
+    def width(self, side: AnySide) -> int:
+        """Return the width of the rows of a side."""
+        if self.adapter is not None:
+            return self.adapter.side(side).shape.width
+        return self.features.table(side).width
 
-    def stream(self, side: Modality, step: int = 1) -> Iterator[Floats]:
-        """Stream every step-th unit row of a side."""
-        numbers = self.numbers(side)[::step]
-        parts = stream_aligned(self.features, side, self.adapter, numbers, self.batch_size)
-        return (part.embeddings for part in parts)
+    @cached_property
+    def numbers(self) -> dict[AnySide, Ints]:
+        """Row numbers in the table of each side."""
+        names = None if self.split == ALL else sorted(map(str, split_names(self.split, ())))
+        return {
+            side: np.arange(len(table)) if rows is None else rows
+            for side in self.features.sides
+            for table in [self.features.table(side)]
+            for rows in [
+                self.joined.side(side)[0]
+                if isinstance(side, Modality)
+                else select_rows(table, names)
+            ]
+        }
 
-    def sample(self, side: Modality, most: int) -> Floats:
-        """Take at most so many rows of a side, evenly spaced."""
-        return np.concatenate(list(self.stream(side, -(-len(self.numbers(side)) // most))))
+    def count(self, sides: Iterable[AnySide]) -> int:
+        """Count the rows of some sides."""
+        return sum(len(self.numbers[side]) for side in sides)
+
+    def stream(self, sides: Iterable[AnySide], step: int = 1) -> Iterator[Floats]:
+        """Stream every step-th unit row of each of some sides."""
+        for side in sides:
+            numbers = self.numbers[side][::step]
+            parts = stream_aligned(self.features, side, self.adapter, numbers, self.batch_size)
+            yield from (part.embeddings for part in parts)
+
+    def sample(self, sides: Sequence[AnySide], most: int) -> Floats:
+        """Take about so many rows of some sides, evenly spaced; of one side at most so many."""
+        return np.concatenate(list(self.stream(sides, -(-self.count(sides) // most))))
+
+    def columns(self, side: AnySide) -> dict[str, pa.Array]:
+        """Read what is shown of each row of a side; see `item_columns`.
+
+        Of features with further sides also the side and the item, and as a caption or source that
+        is unknown that of the first text or image of the item.
+        """
+        features = self.features
+        if not features.is_sided:
+            return item_columns(features, self.joined, Modality.of(side))
+        rows, table = self.numbers[side], features.table(side)
+        stored = schema.string_columns(side)
+        found = {
+            name: table.strings(name, rows)
+            if name in stored
+            else pa.nulls(len(rows), pa.large_string())
+            for name in (schema.ID, schema.IMAGE_ID, schema.CAPTION, schema.SOURCE)
+        }
+        items = item_column(features, side, rows)
+        for name, home in ((schema.CAPTION, Modality.TEXT), (schema.SOURCE, Modality.IMAGE)):
+            if home in self.numbers and home != side:
+                keys = item_column(features, home, self.numbers[home])
+                places = pc.index_in(items, value_set=keys, skip_nulls=True)
+                others = features.table(home).strings(name, self.numbers[home])
+                found[name] = pc.coalesce(found[name], others.take(places))
+        return {**found, "side": pa.repeat(str(side), len(rows)), "item": items}
 
 
 def _check_memory(vectors: VectorIndex, rows: int, options: VectorOptions) -> None:
@@ -193,27 +257,34 @@ def _correction(rows: _Rows, options: VectorOptions) -> HubCorrection:
     name = options.correct
     if name is None:
         return HubCorrection(None)
-    if not rows.has_other:
+    others = rows.others
+    if not others:
+        missing = " and ".join(each.plural for each in Modality if each not in rows.sides)
         raise DataError(
-            f"{rows.joined.name}: hubs are estimated from the {rows.side.other.plural}, but there "
-            "are none in the same space; omit --correct"
+            f"{rows.joined.name}: hubs are estimated from the {missing or 'other sides'}, but "
+            "there are none in the same space; omit --correct"
         )
     if name == "centre":
+        if len(rows.sides) + len(others) > len(Modality):
+            raise ConfigError(
+                f"--correct centre: has a mean for the items and one for the queries, but "
+                f"{rows.features.path} has sides {', '.join((*rows.sides, *others))}; use csls"
+            )
         means = []
-        for side in (rows.side, rows.side.other):
-            total = sum(part.sum(axis=0, dtype=np.float64) for part in rows.stream(side))
-            means.append(total / len(rows.numbers(side)))
+        for sides in (rows.sides, others):
+            total = sum(part.sum(axis=0, dtype=np.float64) for part in rows.stream(sides))
+            means.append(total / rows.count(sides))
         return HubCorrection(name, means=np.stack(means))
-    return HubCorrection(name, references=rows.sample(rows.side.other, REFERENCES))
+    return HubCorrection(name, references=rows.sample(others, REFERENCES))
 
 
 def _measure(
     vectors: VectorIndex, rows: _Rows, correction: HubCorrection, options: VectorOptions
 ) -> Recall:
     """Set the search effort, and measure the recall with queries of the other side, if any."""
-    side = rows.side.other if rows.has_other else rows.side
-    queries = correction.queries(rows.sample(side, QUERIES), of_items_side=side is rows.side)
-    parts = (correction.items(part) for part in rows.stream(rows.side))
+    sides = rows.others or rows.sides
+    queries = correction.queries(rows.sample(sides, QUERIES), of_items_side=not rows.others)
+    parts = (correction.items(part) for part in rows.stream(rows.sides))
     nearest = exact_neighbours(queries, parts, min(RECALL_AT, len(vectors)))
     if options.effort is None:
         value = vectors.tune(queries, *nearest, target=options.recall)
@@ -225,4 +296,5 @@ def _measure(
             "recall@%d is %.4f, below the target of %g; raise --effort, or use another --factory",
             *(RECALL_AT, value, options.recall),
         )
-    return Recall(value=value, queries=len(queries), of=side.plural, target=options.recall)
+    of = ", ".join(side.plural for side in sides)
+    return Recall(value=value, queries=len(queries), of=of, target=options.recall)

@@ -1,21 +1,35 @@
 """Options of ``csalign index`` and ``csalign search``."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
-from csalign.core.config import Config, Count, Location, OutputConfig, RunFolder, RunSource, Share
-from csalign.core.enums import Modality
+from csalign.core.config import (
+    Config,
+    Count,
+    Location,
+    Named,
+    OutputConfig,
+    RunFolder,
+    RunSource,
+    Share,
+)
+from csalign.core.enums import side_of
 from csalign.core.errors import ConfigError
 from csalign.runs.config import LoadOptions
 
 
-def _singular(value: Any) -> Any:
-    return {side.plural: side.value for side in Modality}.get(value, value)
+def _spell(value: str) -> str:
+    """Spell the names of sides as they are stored; raises ValueError for what cannot be one."""
+    try:
+        return ",".join(dict.fromkeys(side_of(name.strip()) for name in value.split(",")))
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
 
 
-Side = Annotated[Literal["image", "text"], BeforeValidator(_singular)]
+Sides = Annotated[str, AfterValidator(_spell)]
 
 
 class ItemOptions(LoadOptions):
@@ -28,7 +42,7 @@ class ItemOptions(LoadOptions):
         description="Run that maps the features, or mean-shift, standardised or closed-form, "
         "fitted here; without it they are used as stored.",
     )
-    side: Side = Field("image", description="Side to find.")
+    side: Sides = Field("image", description="Side to find, or several, comma-separated.")
     split: str = Field("all", description="Split(s), comma-separated; 'all' selects every row.")
 
 
@@ -85,16 +99,22 @@ class QueryOptions(Config):
     embedding: Location | None = Field(
         None, description="Encoder output as query: .npy of shape (d,) or (n, d)."
     )
-    query_side: Side | None = Field(
+    query_side: Sides | None = Field(
         None,
         description="Side of --embedding (default: the side that is not indexed, if there is one).",
+    )
+    queries: Annotated[dict[str, str], Named] = Field(
+        {},
+        description="A side's query: rows of a .npy file (FILE.npy:ROW is one of them), an image "
+        "file, or words; once per side, for queries of several sides.",
+        json_schema_extra={"flag": "query"},
     )
     encoder: str | None = Field(
         None, description="Query encoder, as for extract (default: the one that the set records)."
     )
 
 
-_QUERIES = ("query", "text", "image", "embedding")
+_QUERIES = ("query", "text", "image", "embedding", "queries")
 
 
 class SearchConfig(QueryOptions, ItemOptions):
@@ -108,7 +128,18 @@ class SearchConfig(QueryOptions, ItemOptions):
     positional: ClassVar[tuple[str, ...]] = ("index", "query")
     example: ClassVar[str] = 'csalign search index "a red bicycle" --top 5'
     common: ClassVar[tuple[str, ...]] = (
-        *("text", "image", "embedding", "top", "adapter", "side", "report", "pictures", "device"),
+        *(
+            "text",
+            "image",
+            "embedding",
+            "queries",
+            "top",
+            "adapter",
+            "side",
+            "report",
+            "pictures",
+            "device",
+        ),
         "jsonl",
     )
 
@@ -121,9 +152,18 @@ class SearchConfig(QueryOptions, ItemOptions):
         None, description="Folder that image sources are relative to, for the page."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_queries(cls, values: Any) -> Any:
+        """Take queries by side as `query` too, which in Python is shorter."""
+        if isinstance(values, Mapping) and isinstance(values.get("query"), Mapping):
+            queries = {name: str(own) for name, own in values["query"].items()}
+            return {**values, "query": None, "queries": queries}
+        return values
+
     def check(self) -> None:
         """Raise ConfigError unless there is exactly one kind of query."""
-        given = [name for name in _QUERIES if getattr(self, name) is not None]
+        given = [name for name in _QUERIES if getattr(self, name)]
         if not given:
             raise ConfigError(
                 f'missing a query; for instance: csalign search {self.index} "a red bicycle", or '

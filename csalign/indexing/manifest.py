@@ -1,6 +1,6 @@
 """``index.json`` and ``items.arrow``: the content of an index beside its vectors."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -8,7 +8,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from csalign.core import __version__, atomic
-from csalign.core.enums import Modality
+from csalign.core.enums import AnySide, Modality, SideName, side_of
 from csalign.core.errors import SchemaError
 from csalign.core.paths import DOCUMENTS, Kind, require_kind
 from csalign.core.records import Record, read_record, write_record
@@ -29,7 +29,7 @@ ROWS_PER_BATCH = 65_536
 REMEDY = "build the index again"
 
 _COLUMNS = ("id", "image_id", "caption", "source")
-_SCHEMA = pa.schema([pa.field(name, pa.string()) for name in _COLUMNS])
+_SIDED = ("side", "item")  # also, of features with sides beside images and texts
 Correction = Literal["csls", "inverted-softmax", "centre"]
 
 
@@ -48,7 +48,7 @@ class IndexManifest(Record):
     format: Literal["csalign-index"] = "csalign-index"
     format_version: Literal[2] = FORMAT_VERSION
     csalign_version: str = __version__
-    side: Modality
+    side: str  # or several, comma-separated
     names: dict[Modality, str] | None = None
     factory: str
     rows: int = Field(ge=1)
@@ -56,13 +56,28 @@ class IndexManifest(Record):
     effort: dict[str, int]  # {"nprobe": n}, {"efSearch": n} or {}
     recall: Recall | None  # None for exact search
     correct: Correction | None
-    encoders: dict[Modality, EncoderInfo | None]
+    encoders: dict[SideName, EncoderInfo | None]
     adapter_sha256: str | None
     features: str
     source_root: str | None = None  # folder that relative sources of the items start from
     fingerprint: str  # of the features
     split: str
     files: dict[str, str]  # SHA-256 of all other files, by path
+
+    @property
+    def sides(self) -> tuple[AnySide, ...]:
+        """The sides that can be found."""
+        return tuple(map(side_of, self.side.split(",")))
+
+    @property
+    def is_sided(self) -> bool:
+        """Whether the features have sides beside images and texts."""
+        return not {*self.encoders} <= {*Modality}
+
+    @property
+    def plural(self) -> str:
+        """What can be found, in words."""
+        return ", ".join(side.plural for side in self.sides)
 
 
 def read_index_manifest(folder: Path, *, whole: bool = False) -> IndexManifest:
@@ -115,31 +130,39 @@ def describe_index(folder: Path, manifest: IndexManifest) -> dict[str, Any]:
 
 def items_table(columns: Mapping[str, pa.Array]) -> pa.Table:
     """Make the table of the items, in the order of the vectors, in batches of bounded size."""
-    table = pa.table({name: columns[name] for name in _COLUMNS})
-    batches = table.to_batches(max_chunksize=ROWS_PER_BATCH)
-    return pa.concat_tables([pa.Table.from_batches([batch]).cast(_SCHEMA) for batch in batches])
+    table = pa.table(dict(columns))
+    own, batches = _schema(table.column_names), table.to_batches(max_chunksize=ROWS_PER_BATCH)
+    return pa.concat_tables([pa.Table.from_batches([batch]).cast(own) for batch in batches])
+
+
+def _schema(names: Iterable[str]) -> pa.Schema:
+    return pa.schema([pa.field(name, pa.string()) for name in names])
 
 
 def write_items(folder: Path, items: pa.Table) -> None:
     """Write the items as an uncompressed Arrow file, which can be memory-mapped."""
-    with pa.OSFile(str(folder / ITEMS), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+    with (
+        pa.OSFile(str(folder / ITEMS), "wb") as sink,
+        pa.ipc.new_file(sink, items.schema) as writer,
+    ):
         writer.write_table(items)
 
 
-def read_items(folder: Path, rows: int) -> pa.Table:
+def read_items(folder: Path, rows: int, *, sided: bool = False) -> pa.Table:
     """Memory-map the items of an index; SchemaError if they are damaged or not so many."""
+    names = (*_COLUMNS, *(_SIDED if sided else ()))
     path = folder / ITEMS
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except (pa.ArrowException, OSError) as error:
         raise SchemaError(f"{path}: is damaged ({error}); {REMEDY}") from None
-    if table.schema != _SCHEMA or len(table) != rows:
+    if table.schema != _schema(names) or len(table) != rows:
         raise SchemaError(f"{path}: has {len(table)} items, {DESCRIPTION} says {rows}; {REMEDY}")
     return table
 
 
 def take_item(items: pa.Table, row: int) -> dict[str, Any]:
-    """Look up an item: its id, image_id, caption and source. SchemaError if it is damaged."""
+    """Look up the strings of an item; SchemaError if they are damaged."""
     try:
         found: dict[str, Any] = items.slice(row, 1).to_pylist()[0]
         return found

@@ -66,6 +66,11 @@ class VectorIndex:
     def __len__(self) -> int:
         return int(self._index.ntotal)
 
+    @property
+    def keeps_vectors(self) -> bool:
+        """Whether the vectors are stored as they were added."""
+        return re.fullmatch(r"(IVF\d+,)?R?Flat|HNSW\d*(,Flat)?", self.factory) is not None
+
     def set_effort(self, value: int) -> None:
         """Set nprobe or efSearch, at most the maximum; does nothing for other indexes."""
         if self._effort_name is not None:
@@ -119,6 +124,18 @@ class VectorIndex:
         if len(rows) and int(rows.max()) >= len(self):
             raise SchemaError(f"the index is damaged: it refers to rows beyond its end; {REMEDY}")
         return scores, rows
+
+    def search_with_vectors(self, queries: Floats, top: int) -> tuple[Ints, Floats]:
+        """Find the best rows of each query (q, d), (q, k), and their vectors, (q, k, d)."""
+        queries = np.ascontiguousarray(queries, np.float32)
+        try:
+            _, rows, vectors = self._index.search_and_reconstruct(queries, min(top, len(self)))
+        except RuntimeError as error:
+            raise ConfigError(
+                f"{self.factory}: cannot return its vectors ({_reason(error)}), which a query of "
+                "several sides needs; build an index with --factory Flat or IVF4096,Flat"
+            ) from None
+        return rows, vectors
 
     def recall(self, queries: Floats, scores: Floats, rows: Ints) -> float:
         """Measure the share of the exact nearest rows that a search finds among as many.

@@ -6,7 +6,19 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator
 
-from csalign.core.config import Config, Count, Location, Number, OutputConfig, Share, Words, written
+from csalign.core.config import (
+    Config,
+    Count,
+    Location,
+    Named,
+    Number,
+    OutputConfig,
+    Share,
+    Words,
+    written,
+)
+from csalign.core.enums import side_of
+from csalign.core.errors import ConfigError
 from csalign.sources.records.tables import SourceOptions
 
 
@@ -117,8 +129,62 @@ class SplitConfig(SplitOptions):
     overwrite: bool = Field(False, description="Replace splits that csalign made before.")
 
 
+RESERVED = ("item", "item_id", "id", "row", "side", "split", "caption")
+"""Columns of tables of items, and so no names of sides."""
+
+
+def _name_sides(value: Any) -> Any:
+    """Spell the names of sides as they are stored; raises ValueError for what cannot be one."""
+    if value is None:
+        return None
+    found: dict[str, Any] = {}
+    for name, own in value.items():
+        try:
+            side = str(side_of(str(name)))
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if side in RESERVED:
+            raise ValueError(f"{side} is a column of --pairs; give the side another name")
+        if any(side.replace("-", "_") == other.replace("-", "_") for other in found):
+            raise ValueError(f"{side} is given twice; give each side a name of its own")
+        found[side] = own
+    return found
+
+
+Sided = BeforeValidator(_name_sides)
+
+
+def _changed(config: Config, kept: set[str]) -> list[str]:
+    """Return the options, other than those that are kept, that differ from their default."""
+    fields = type(config).model_fields.items()
+    return sorted(
+        config.shown(name)
+        for name, field in fields
+        if name not in kept and getattr(config, name) != field.get_default()
+    )
+
+
+class EncodedSideOptions(Config):
+    """Sides to encode, where they are not images and texts alone."""
+
+    panel: ClassVar[str] = "Any number of sides"
+
+    side: Annotated[dict[str, str] | None, Sided, Named] = Field(
+        None,
+        description="A side of a table, NAME=ENCODER or NAME=ENCODER@COLUMN, once per side: "
+        "timm: of images, hf: of texts, open_clip: of what the column contains. Each row is an "
+        "item, or those of one item column. An interrupted extraction resumes.",
+    )
+
+
 class ExtractConfig(
-    SourceOptions, EncoderOptions, OutputConfig, SplitOptions, ExecutionOptions, ShardOptions
+    SourceOptions,
+    EncoderOptions,
+    OutputConfig,
+    EncodedSideOptions,
+    SplitOptions,
+    ExecutionOptions,
+    ShardOptions,
 ):
     """``csalign extract``: frozen encoders -> CLS and token embeddings in Parquet.
 
@@ -135,9 +201,23 @@ class ExtractConfig(
         "--encoder open_clip:ViT-B-32/openai"
     )
     common: ClassVar[tuple[str, ...]] = (
-        *("out", "encoder", "image_encoder", "text_encoder", "captions", "images", "val", "test"),
-        *("device", "batch_size", "overwrite"),
+        *("out", "encoder", "image_encoder", "text_encoder", "side", "captions", "images"),
+        *("val", "test", "device", "batch_size", "overwrite"),
     )
+
+    def check(self) -> None:
+        """Raise ConfigError if options of two sides and of any number are mixed."""
+        kept = {"source", "side", "images", "split_column", "dtype", "part_rows", "max_failures"}
+        kept |= {"retry_failures", "strict"}.union(
+            *(own.model_fields for own in (OutputConfig, SplitOptions, ExecutionOptions))
+        )
+        if self.side is not None and (others := _changed(self, kept)):
+            raise ConfigError(
+                f"{', '.join(others)}: cannot be used with --side; name encoders and columns by "
+                "--side NAME=ENCODER@COLUMN"
+            )
+        if self.side is not None and len(self.side) < 2:
+            raise ConfigError(f"--side: {', '.join(self.side)} alone; give two sides or more")
 
     def to_toml(self) -> str:
         """Return the configuration, equal for every process of a job; see `Config.to_toml`."""
@@ -158,6 +238,26 @@ Name = Annotated[str, Field(min_length=1, max_length=30, pattern=r"^\w[\w -]*$")
 
 def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str | Path) else () if value is None else value
+
+
+class SideOptions(Config):
+    """Sides to read, where they are not images and texts alone."""
+
+    panel: ClassVar[str] = "Any number of sides"
+
+    side: Annotated[dict[str, Location] | None, Sided, Named] = Field(
+        None,
+        description="A side and its embeddings (n, d), once per side: audio=a.npy, "
+        "text=t.parquet, FILE:ARRAY, or a folder of shards.",
+    )
+    encoder: Annotated[dict[str, str] | None, Sided, Named] = Field(
+        None, description="Encoder of a side, for the manifest: audio=laion/clap."
+    )
+    add: bool = Field(
+        False,
+        description="Add the sides to the set at --out, whose files stay as they are; --overwrite "
+        "replaces sides that it has.",
+    )
 
 
 class ArrayOptions(Config):
@@ -189,7 +289,9 @@ class PairOptions(Config):
     panel: ClassVar[str] = "Pairs and labels"
 
     pairs: Location | None = Field(
-        None, description="Table of pairs: image_id, and text_id or one row per text."
+        None,
+        description="Table of pairs: image_id, and text_id or one row per text. Of items: a column "
+        "per --side, or side, id and item.",
     )
     pair_by: str | None = Field(
         None,
@@ -231,7 +333,9 @@ class RecordOptions(Config):
     )
 
 
-class ImportConfig(ArrayOptions, OutputConfig, PairOptions, SplitOptions, RecordOptions):
+class ImportConfig(
+    ArrayOptions, OutputConfig, SideOptions, PairOptions, SplitOptions, RecordOptions
+):
     """``csalign import``: embeddings computed elsewhere -> the same artifact.
 
     >>> ImportConfig(source=("a.npy", "b.npy"), out="features").image_encoder
@@ -240,9 +344,31 @@ class ImportConfig(ArrayOptions, OutputConfig, PairOptions, SplitOptions, Record
 
     example: ClassVar[str] = "csalign import image.npy text.npy --out features"
     common: ClassVar[tuple[str, ...]] = (
-        *("out", "images", "texts", "image_column", "text_column", "id_column", "pairs"),
+        *("out", "images", "texts", "side", "image_column", "text_column", "id_column", "pairs"),
         *("captions_per_image", "caption_order", "val", "test", "names", "overwrite"),
     )
+
+    def check(self) -> None:
+        """Raise ConfigError if options of two sides and of any number are mixed."""
+        kept = {"side", "pairs", "pair_by", *OutputConfig.model_fields, *SplitOptions.model_fields}
+        kept |= {"dtype", *SideOptions.model_fields}
+        if self.side is None:
+            for name in ("add", "encoder"):
+                if getattr(self, name):
+                    raise ConfigError(f"--{name}: needs --side, such as --side audio=audio.npy")
+        elif others := _changed(self, kept):
+            raise ConfigError(
+                f"{', '.join(others)}: cannot be used with --side; name sides by --side "
+                "image=FILE --side text=FILE, their encoders by --encoder NAME=SPEC, and store ids "
+                "and captions beside the embeddings or in --pairs"
+            )
+        elif len(self.side) < 2 and not self.add:
+            raise ConfigError(
+                f"--side: {', '.join(self.side)} alone; give two sides or more, or add it to a set "
+                "with --add"
+            )
+        elif unknown := [name for name in self.encoder or () if name not in self.side]:
+            raise ConfigError(f"--encoder {unknown[0]}: is not a --side ({', '.join(self.side)})")
 
     def command(self, **changes: Any) -> str:
         """Return the command line of this configuration, with some values replaced.

@@ -25,6 +25,7 @@ from csalign.features import schema
 from csalign.features.checks import warn_of_rows
 from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ExtractConfig
+from csalign.ingest.extract_sides import extract_sides
 from csalign.ingest.job import Job, PartRecord, WorkShard, assigned_parts, check_array, parse_shard
 from csalign.ingest.locks import open_partial_set, sole_owner
 from csalign.ingest.partial_set import PartialSet
@@ -67,6 +68,9 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
     ...     "photos", "features", captions="captions.csv", encoder="open_clip:ViT-B-32/openai"
     ... )  # doctest: +SKIP
     """
+    config.check()
+    if config.side is not None:
+        return extract_sides(config, progress, extract)
     if config.max_tokens is not None and config.tokens == "none":
         raise ConfigError("--max-tokens: no tokens are stored; add --tokens image, text or both")
     shard, splits = parse_shard(config.shard), split_settings(config)

@@ -11,19 +11,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from csalign.core import atomic, outputs
-from csalign.core.arrays import Array
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
 from csalign.core.progress import Progress, silent
 from csalign.core.results import FeaturesResult
 from csalign.features import schema
 from csalign.features.checks import warn_of_rows
-from csalign.features.export import recorded_encoder
 from csalign.features.reader import FeatureSet
-from csalign.features.schema import EncoderInfo
-from csalign.features.splits import divide, usual_splits
-from csalign.features.writer import FeatureWriter, Rows
+from csalign.features.splits import usual_splits
+from csalign.features.writer import FeatureWriter
 from csalign.ingest.config import ImportConfig
+from csalign.ingest.import_sides import (
+    divide_unfinished,
+    encoder_of,
+    import_sides,
+    with_splits,
+    write_vectors,
+)
 from csalign.ingest.split import split_settings
 from csalign.sources.arrays.base import Vectors
 from csalign.sources.arrays.naming import label_side
@@ -63,6 +67,9 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
       complete  True
       pairing   row order
     """
+    config.check()
+    if config.side is not None:
+        return import_sides(config, progress)
     splits = split_settings(config)
     specs = _specs(config)
     tables = (config.image_table, config.text_table, config.pairs, config.text_counts)
@@ -72,21 +79,18 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
     sides, columns, pairing = _pair(config, sides)
     is_half = all(vectors.is_half for vectors in sides.values())
     dtype = config.dtype or ("float16" if is_half else "float32")
-    encoders = {side: _encoder(config, side, vectors) for side, vectors in sides.items()}
+    encoders = {
+        side: encoder_of(getattr(config, f"{side}_encoder"), vectors)
+        for side, vectors in sides.items()
+    }
     names = None if config.names is None else dict(zip(Modality, config.names, strict=True))
     with outputs.atomic_folder(config.out) as folder:
         atomic.write_text(folder / "config.toml", config.to_toml())
         images = columns.get(Modality.IMAGE, {}).get(schema.SOURCE)
         root = schema.source_root([] if images is None else images.drop_null()[:1])
         with FeatureWriter(folder, encoders, dtype, names, root, pairing) as writer:
-            _write(sides, columns, writer, dtype, progress)
-        if splits is not None:
-            try:
-                made = divide(folder, splits)
-            except DataError as error:  # which names the unfinished folder
-                raise DataError(str(error).replace(str(folder), str(config.out), 1)) from None
-            if made.groups:
-                logger.info("%s", made.kept_together)
+            write_vectors(sides, columns, writer, dtype, progress)
+        divide_unfinished(folder, splits, config.out)
     features = FeatureSet.open(config.out)
     warn_of_rows(features)
     counts = features.manifest.counts
@@ -99,16 +103,6 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
     return FeaturesResult(
         config.out, counts.images, counts.texts, counts.pairs, 0, names=names, pairing=pairing
     )
-
-
-def _encoder(config: ImportConfig, side: Modality, vectors: Vectors) -> EncoderInfo:
-    """Return the encoder that csalign recorded if it wrote the files, else as named."""
-    own = EncoderInfo(spec=getattr(config, f"{side}_encoder"), width=vectors.width)
-    found = recorded_encoder(split_spec(Path(vectors.parts[0].name))[0])
-    if found is None or found.width != own.width:
-        return own
-    logger.info("%s: written by csalign, with the encoder %s", vectors.name, found.spec)
-    return found.model_copy(update={"token_width": None, "token_space": None})
 
 
 def _specs(config: ImportConfig) -> dict[Modality | None, Path]:
@@ -167,6 +161,7 @@ def _open(config: ImportConfig, specs: Mapping[Modality | None, Path]) -> dict[M
             f"{min(both[0] & both[1])} and {len(both[0]) - 1} more are read as one array, of "
             "images and of texts; name that of each side with --image-column and --text-column"
         )
+    sides = {side: with_splits(vectors) for side, vectors in sides.items()}
     used = {part.name for vectors in sides.values() for part in vectors.parts}
     unused = set[str]().union(*(vectors.unused for vectors in sides.values())) - used
     for name in sorted(unused):
@@ -337,37 +332,3 @@ def _layout_advice(config: ImportConfig, each: int, order: str | None, **values:
         if order in (None, name)
     ]
     return f"with {each} captions per image, run\n" + "\nor\n".join(lines)
-
-
-def _write(
-    sides: Mapping[Modality, Vectors],
-    columns: Mapping[Modality, Mapping[str, pa.Array]],
-    writer: FeatureWriter,
-    dtype: str,
-    progress: Progress,
-) -> None:
-    total, done, faint = sum(map(len, sides.values())), 0, 0
-    for side, vectors in sides.items():
-        start = 0
-        for chunk, where in vectors.chunks():
-            stop = start + len(chunk)
-            part = {
-                name: values[start:stop].cast(pa.string()) for name, values in columns[side].items()
-            }
-            writer.write(side, Rows(part, chunk, where=where))
-            if dtype == "float16":
-                faint += _count_faint(chunk)
-            done, start = done + len(chunk), stop
-            progress("writing: rows", done, total)
-    if faint:
-        logger.warning(
-            "%d embeddings are so small that float16 keeps few of their digits; scale them to "
-            "norms about 1, or import the originals with --dtype float32",
-            faint,
-        )
-
-
-def _count_faint(rows: Array) -> int:
-    """Count rows whose largest value is below `_FAINT`."""
-    few = np.abs(rows[:, :4]).max(axis=1) < _FAINT  # most rows are clear from a few values
-    return int((np.abs(rows[few]).max(axis=1) < _FAINT).sum()) if few.any() else 0

@@ -1,11 +1,19 @@
 """Options of ``csalign apply`` and ``csalign export``."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from csalign.core.config import Config, Count, Location, OutputConfig, RunFolder, RunSource
+from csalign.core.config import (
+    Config,
+    Count,
+    Location,
+    OutputConfig,
+    RunFolder,
+    RunSource,
+    Words,
+)
 
 ALLOWED = "Custom kind of adapter, PACKAGE.MODULE:CLASS, that the run may import."
 ANY_ENCODER = "Accept features of other encoders than the adapter was trained on."
@@ -42,6 +50,9 @@ class ApplyFormat(Config):
         "parquet",
         description="A feature set; .npy arrays with .csv tables; or the pairs in the layout of "
         "clip-retrieval.",
+    )
+    sides: Annotated[tuple[str, ...] | None, Words] = Field(
+        None, description="Sides to align, comma-separated (default: all of the features)."
     )
     tokens: bool = Field(False, description="Align and store tokens too, if trained with tokens.")
     dtype: Literal["float16", "float32"] = Field("float16", description="Stored number format.")

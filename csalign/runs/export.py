@@ -14,7 +14,7 @@ from csalign.adapters.model import Adapter
 from csalign.adapters.wrappers import run_onnx, write_onnx
 from csalign.core import atomic, outputs
 from csalign.core.arrays import Array
-from csalign.core.enums import Modality
+from csalign.core.enums import AnySide, Modality
 from csalign.core.errors import ConfigError, DataError, OutputError
 from csalign.core.figures import percent
 from csalign.core.progress import Progress, silent, tick, track
@@ -33,14 +33,14 @@ ENTRIES = frozenset(
     {CARD, DESCRIPTION, WEIGHTS, LINES, "config.toml"}
     | {f"{side}{suffix}" for side in Modality for suffix in (".onnx", ".pt2")}  # .pt2: 0.1.0
 )
-"""Names in the folder of an export."""
+"""Names in the folder of an export, beside the graphs of further sides."""
 # Settings of a run that are not published: paths, and those that do not influence the weights.
 PRIVATE = {
     *("features", "out", "overwrite", "report", "pictures", "umap"),
     *("unpaired", "any_encoder", "log_to", "device", "memory"),
 }
 
-Forward = Callable[[Modality, Array], Array]
+Forward = Callable[[AnySide, Array], Array]
 
 
 def _escape_line(text: str) -> str:
@@ -87,9 +87,10 @@ def export(config: ExportConfig, progress: Progress = silent) -> Result:
 def write_checked(config: ExportConfig, tolerance: float) -> Result:
     """Export like `export`, with another tolerance of components of unit rows."""
     inputs = tuple(path for path in (config.run, config.features) if path is not None)
-    outputs.check_output(config.out, ENTRIES, overwrite=config.overwrite, inputs=inputs)
     adapter, info = load_run(config.run, config.allow_adapter)
-    for side in Modality:
+    entries = ENTRIES | {f"{side}.onnx" for side in adapter.names}
+    outputs.check_output(config.out, entries, overwrite=config.overwrite, inputs=inputs)
+    for side in adapter.names:
         if config.to == "onnx" and adapter.side(side).embeds_with_tokens:
             raise ConfigError(
                 f"--to onnx: {config.run} embeds {side.plural} with their tokens, which the graph "
@@ -126,27 +127,28 @@ def write_checked(config: ExportConfig, tolerance: float) -> Result:
 
 def _samples(
     config: ExportConfig, adapter: Adapter, info: AdapterInfo
-) -> Iterator[tuple[str, Modality, Array]]:
+) -> Iterator[tuple[str, AnySide, Array]]:
     """Draw rows to compare on: random ones, a single one, and real ones if features are given."""
     rng = np.random.default_rng(0)
-    for side in Modality:
+    for side in adapter.names:
         width = adapter.side(side).shape.input_width
         yield "random rows", side, rng.normal(size=(RANDOM_ROWS, width)).astype(np.float32)
         yield "one row", side, rng.normal(size=(1, width)).astype(np.float32)
     if config.features is None:
         return
     features = FeatureSet.open(config.features)
-    check_encoders(features, config.run, info, any_encoder=config.any_encoder)
-    check_features(features, config.run, adapter)
-    for side in Modality:
+    sides = [side for side in features.sides if side in adapter.names]
+    check_encoders(features, config.run, info, any_encoder=config.any_encoder, sides=sides)
+    check_features(features, config.run, adapter, sides=sides)
+    for side in sides:
         table = features.table(side)
-        if table.info is not None and len(table):
+        if len(table):
             rows = np.unique(np.linspace(0, len(table) - 1, REAL_ROWS).astype(np.int64))
             parts = stream_aligned(features, side, None, rows, REAL_ROWS)
             yield "rows of the features", side, np.concatenate([p.embeddings for p in parts])
 
 
-def _embed(adapter: Adapter, side: Modality, rows: Array) -> Array:
+def _embed(adapter: Adapter, side: AnySide, rows: Array) -> Array:
     """Align rows, each with the same random tokens if the adapter embeds with tokens."""
     own = adapter.side(side)
     if not own.embeds_with_tokens:
@@ -165,7 +167,7 @@ def _write(config: ExportConfig, folder: Path, adapter: Adapter, info: AdapterIn
     else:
         shutil.copy(config.run / DESCRIPTION, folder / DESCRIPTION)
     if config.to == "onnx":
-        for side in track(Modality, "writing: sides", len(Modality)):
+        for side in track(adapter.names, "writing: sides", len(adapter.names)):
             write_onnx(adapter.side(side), folder / f"{side}.onnx")
         return lambda side, rows: run_onnx(folder / f"{side}.onnx", rows)
     tick("writing")
@@ -183,7 +185,7 @@ def _read_evaluation(config: ExportConfig, info: AdapterInfo) -> dict[str, Any] 
     try:
         document: dict[str, Any] = parse_json(path.read_bytes())
         evaluated = document["fingerprints"]["adapter"]
-        _ = document["retrieval"]["image_to_text"]["R@1"], document["gap"]["rmg"]
+        _ = _recalls(document), _gap(document)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path}: is not the output of csalign eval --json ({type(error).__name__}: {error})"
@@ -191,6 +193,35 @@ def _read_evaluation(config: ExportConfig, info: AdapterInfo) -> dict[str, Any] 
     if evaluated != info.weights_sha256:
         raise DataError(f"{path}: evaluates another adapter than {config.run}; evaluate this one")
     return document
+
+
+def _recalls(evaluation: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """List the direction, name and value of the recalls of an evaluation."""
+    directions: Mapping[str, Any] = evaluation.get("retrieval") or {
+        f"{one}_to_{other}": own
+        for one, row in evaluation["matrix"].items()
+        for other, own in row.items()
+    }
+    return [
+        (direction, name, found[name])
+        for direction, found in directions.items()
+        if isinstance(found, Mapping)
+        for name in ("R@1", "R@5", "R@10", "mrr")
+    ]
+
+
+def _gap(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """List the figures of the gap."""
+    gap, names = evaluation["gap"], ("centroid_distance", "rmg", "cs_divergence", "frechet")
+    if "matrix" not in evaluation:
+        return {name.replace("_", " "): gap[name] for name in names}
+    return {
+        f"{one} and {other}: {name}".replace("_", " "): own[name]
+        for one, row in gap.items()
+        for other, own in row.items()
+        for name in names[:2]
+        if own.get(name) is not None
+    }
 
 
 def _card(
@@ -209,12 +240,7 @@ def _card(
     }
     recalls = []
     if evaluation is not None:
-        retrieval = evaluation["retrieval"]
-        recalls = [
-            (direction, name, retrieval[direction][name])
-            for direction in ("image_to_text", "text_to_image")
-            for name in ("R@1", "R@5", "R@10", "mrr")
-        ]
+        recalls = _recalls(evaluation)
         result = {
             "task": {"type": "cross-modal-retrieval"},
             "dataset": {"name": Path(evaluation["features"]).name, "type": "features"},
@@ -224,19 +250,21 @@ def _card(
             ],
         }
         front["model-index"] = [{"name": config.out.name, "results": [result]}]
+    rows = evaluation["counts"] if evaluation else {}
     counts, folder = adapter.parameter_counts(), run_folder(config.run)
     sides = [
         {
-            "name": side.value,
+            "name": str(side),
             "kind": shape.title,
             "encoder": public_spec(info.encoders[side]),
             "width": shape.input_width,
-            "parameters": counts[side.value],
+            "parameters": counts[str(side)],
         }
         for side, shape in info.adapters.items()
     ]
     lines = read_lines(folder)
     shares, refit = adapter.shares, find_refit(lines)
+    noun = "pairs" if {*adapter.names} <= {*Modality} else "items"
     facts = {
         "data fingerprint (SHA-256)": info.data_fingerprint,
         "weights (SHA-256)": info.weights_sha256,
@@ -250,7 +278,7 @@ def _card(
         "optimiser step": str(info.step),
         "logit scale": f"{info.logit_scale:.4g}",
         "kernel bandwidth": str(info.bandwidth),
-        **({"refit": f"on all {refit['pairs']:,} pairs"} if refit else {}),
+        **({"refit": f"on all {refit['pairs']:,} {noun}"} if refit else {}),
         "csalign": info.csalign_version,
     }
     card = {
@@ -258,12 +286,17 @@ def _card(
         "license": config.license,
         "form": config.to,
         "sides": sides,
-        "width": info.adapters[Modality.IMAGE].width,
+        "width": adapter.side(adapter.names[0]).shape.width,
         "facts": facts,
         "settings": {k: v for k, v in read_settings(folder).items() if k not in PRIVATE},
         "validation": info.validation or _validation(lines, info.step),
         "refit": refit,
         "evaluation": evaluation,
+        "evaluated": ", ".join(
+            f"{rows[noun]:,} {noun}" for noun in ("images", "texts", "items") if noun in rows
+        ),
+        "gap": _gap(evaluation) if evaluation else {},
+        "wraps": {*Modality} <= {*adapter.names},
         "checks": differences,
     }
     template = _TEMPLATES.get_template("model_card.md")

@@ -13,8 +13,8 @@ from csalign.adapters.kinds import is_baseline
 from csalign.adapters.model import Adapter
 from csalign.core.arrays import Array, Ints
 from csalign.core.devices import pick_device
-from csalign.core.enums import AnySide, Modality
-from csalign.core.errors import DataError, ShapeError
+from csalign.core.enums import AnySide, Modality, side_of
+from csalign.core.errors import ConfigError, DataError, ShapeError
 from csalign.core.progress import tick
 from csalign.features import schema
 from csalign.features.arrays import IN_MEMORY
@@ -50,6 +50,17 @@ def load_run(run: Path, allow: str | None = None) -> tuple[Adapter, AdapterInfo]
     return loaded
 
 
+def named_sides(features: FeatureSet, names: Collection[str]) -> tuple[AnySide, ...]:
+    """Return the sides of a set that are named, in its order; ConfigError if it lacks one."""
+    named = [features.table(name.strip()).modality for name in names]
+    if missing := [side for side in named if side not in features.sides]:
+        raise ConfigError(
+            f"{features.path}: has no {missing[0].plural}; its sides are "
+            f"{', '.join(features.sides) or 'none'}"
+        )
+    return tuple(side for side in features.sides if side in named)
+
+
 def load_adapter_for(
     features: FeatureSet,
     run: Path,
@@ -67,6 +78,11 @@ def load_adapter_for(
     `load_baseline` do.
     """
     if is_baseline(run):
+        if further := [side for side in sides if side not in [*Modality]]:
+            raise ConfigError(
+                f"--adapter {run}: fits images and texts only, not {', '.join(further)}; pass a "
+                f"run: csalign train {features.path} --out RUN"
+            )
         adapter, info = load_baseline(run.name, fitted_on or features, measured=measured)
     else:
         adapter, info = load_run(run, options.allow_adapter)
@@ -79,18 +95,25 @@ def check_features(
     features: FeatureSet,
     run: Path,
     adapter: Adapter,
-    tokens: Collection[Modality] = (),
+    tokens: Collection[AnySide] = (),
     *,
     sides: Sequence[AnySide] = tuple(Modality),
 ) -> None:
     """Raise DataError or ShapeError unless features have the widths, and tokens, of training.
 
-    Tokens are needed of the sides in `tokens`, and of those that embed with tokens.
+    Tokens are needed of the sides in `tokens`, and of those that embed with tokens. `sides` are
+    those that are embedded; ConfigError if the adapter lacks one of them.
     """
     for side in sides:
         table = features.table(side)
         if table.info is None:
             continue
+        if side not in adapter.names:
+            raise ConfigError(
+                f"{features.path}: has the side {side}, the adapter {run} maps "
+                f"{', '.join(adapter.names)}; select some of these with --sides, or add it: "
+                f"csalign train {features.path} --add-side {side} --into {run} --out RUN"
+            )
         own = adapter.side(side)
         if table.width != own.shape.input_width:
             raise ShapeError(
@@ -130,7 +153,7 @@ def check_encoders(
     pairs = {
         side: (own, info.encoder(side))
         for side in sides
-        if (own := features.table(side).info) is not None
+        if side in info.adapters and (own := features.table(side).info) is not None
     }
     check_encoder(pairs, str(features.path), f"{run} was trained on", any_encoder=any_encoder)
 
@@ -162,7 +185,8 @@ def check_encoder(
     doubts = []
     for side, (found, known) in pairs.items():
         needed = remedy.format(side=side, spec=public_spec(known.spec))
-        if ":" not in known.spec and "{spec}" in remedy:  # a label of import, not to be loaded
+        is_loaded = ":" in known.spec and side in [*Modality]  # else a label of import
+        if not is_loaded and "{spec}" in remedy:
             needed = "import embeddings of that encoder, or train on these features"
         problem, doubt = _differences(found, known, reference, needed)
         if problem and not any_encoder:
@@ -260,7 +284,7 @@ def check_aligned(rows: Array, ids: Sequence[Any], name: str, run: object = None
 
 def stream_aligned(
     features: FeatureSet,
-    side: Modality,
+    side: AnySide,
     adapter: Adapter | None,
     rows: Ints | None,
     batch_size: int,
@@ -269,7 +293,7 @@ def stream_aligned(
     keep_tokens: bool = False,
 ) -> Iterator[Rows]:
     """Align some rows (ascending) of a side, in batches: unit rows (n, width) float32."""
-    side, table = Modality.of(side), features.table(side)
+    side, table = side_of(side), features.table(side)
     with_tokens = adapter is not None and (keep_tokens or adapter.side(side).embeds_with_tokens)
     size = min(batch_size, ROWS_WITH_TOKENS) if with_tokens else batch_size
     columns = {schema.ID, schema.EMBEDDING, *strings, *([schema.TOKENS] if with_tokens else [])}

@@ -158,7 +158,7 @@ def match(wanted: Keys, known: Keys) -> Match:
             break
         if wanted.form(form) is None or known.form(form) is None or not known.keep_apart(form):
             continue
-        is_loose = form not in _EXACT
+        is_loose = form not in EXACT
         if is_loose and not wanted.keep_apart(form, "as clean paths"):
             continue
         if form == _LAST and all(side.form("as numbers") is None for side in (wanted, known)):
@@ -183,7 +183,7 @@ def _find(wanted: Keys, known: Keys, form: str) -> Match:
     missing = pc.and_(found.is_null(), wanted.values.is_valid())
     rows = pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
     unknown = np.flatnonzero(missing.to_numpy(zero_copy_only=False))
-    is_key = _trimmed(wanted.values.take(pa.array(unknown))).is_valid()
+    is_key = trimmed(wanted.values.take(pa.array(unknown))).is_valid()
     return Match(rows, unknown[is_key.to_numpy(zero_copy_only=False)], form)
 
 
@@ -201,7 +201,8 @@ def _as_numbers(pattern: str) -> Change:
     return change
 
 
-def _trimmed(keys: pa.Array) -> pa.Array:
+def trimmed(keys: pa.Array) -> pa.Array:
+    """Remove spaces, quotes of bytes, and words for missing values."""
     plain = pc.replace_substring_regex(pc.utf8_trim_whitespace(keys), _QUOTED, r"\1\2\3")
     return pc.if_else(pc.is_in(plain, value_set=_NULLS), pa.scalar(None, plain.type), plain)
 
@@ -244,8 +245,8 @@ def _folders_agree(wanted: Keys, known: Keys, rows: Ints) -> bool:
     return not roots or (len(roots) == 1 and (not all(splits) or splits[0] == splits[1]))
 
 
-_EXACT: dict[str, tuple[str, Change]] = {
-    "without spaces": ("", _trimmed),
+EXACT: dict[str, tuple[str, Change]] = {
+    "without spaces": ("", trimmed),
     "as numbers": ("without spaces", _as_numbers(_NUMBER)),
     "in Unicode form NFC": ("without spaces", _composed),
     "as clean paths": ("in Unicode form NFC", _paths),
@@ -260,7 +261,7 @@ _TAILS: dict[str, tuple[str, Change]] = {
     for count, folders in enumerate(("", " and 1 folder", " and 2 folders", " and 3 folders"))
 }
 _FORMS: dict[str, tuple[str, Change]] = {
-    **_EXACT,
+    **EXACT,
     **_TAILS,
     "without extensions": ("by file name", _replacing(_SUFFIX, r"\1")),
     "without extensions, as numbers": ("without extensions", _as_numbers(_NUMBER)),

@@ -9,8 +9,10 @@ import pyarrow.compute as pc
 
 from csalign.core.arrays import Ints
 from csalign.core.errors import DataError
+from csalign.core.figures import counted
 from csalign.sources.arrays.naming import (
     ITEM_IDS,
+    ITEMS,
     REFERENCES,
     TEXT_IDS,
     first_of,
@@ -18,7 +20,7 @@ from csalign.sources.arrays.naming import (
     plain_name,
 )
 from csalign.sources.image_rows import ImageRows, fill_splits, keys_of_images, row_numbers
-from csalign.sources.keys import ROW, Keys, Rank, key_pairs, match, unknown_key
+from csalign.sources.keys import ROW, Keys, Rank, key_pairs, match, trimmed, unknown_key
 from csalign.sources.labels import Labels, check_no_null, first_repeated
 from csalign.sources.records.tables import CAPTION_NAMES, SPLIT_NAME
 
@@ -167,6 +169,8 @@ def _by_column(images: ImageRows, labels: Labels, name: str) -> tuple[Ints, str]
             f"{labels.name}: has no column {name!r} (columns of the texts: "
             f"{', '.join(labels.names) or 'none'}); correct --pair-by"
         )
+    if plain_name(name) in ITEMS:
+        return _by_item(images, labels)
     is_both = name in labels.names and name in images.labels.names
     for pair in key_pairs(images, labels, name):
         if is_both and (pair.name, pair.other) != (name, name):
@@ -177,6 +181,28 @@ def _by_column(images: ImageRows, labels: Labels, name: str) -> tuple[Ints, str]
         if is_both and not is_complete:
             raise DataError(pair.problem(images.labels, labels))
     raise DataError(f"{labels.name}: no column of the other side fits {name}; correct --pair-by")
+
+
+def _by_item(images: ImageRows, labels: Labels) -> tuple[Ints, str]:
+    """Pair the rows of each item, of which either side may have several, or none.
+
+    In feature sets of images and texts alone, an item is the id of an image.
+    """
+    none = pa.nulls(labels.rows, pa.large_string())
+    wanted = trimmed(labels.find((*ITEMS, "image_id"), none))
+    known, owners = images.labels.find(ITEMS), images.owners
+    if known is None:
+        known, owners = images.ids, np.arange(len(images.ids))
+    rows = pc.fill_null(pc.index_in(wanted, value_set=trimmed(known), skip_nulls=True), -1)
+    rows = rows.to_numpy(zero_copy_only=False)
+    keys = known.drop_null()
+    if several := len(keys) - pc.count_distinct(keys).as_py():
+        log.warning(
+            "%s: %s of an item that an earlier row has, and so without a pair; several rows of an "
+            "item on both sides need csalign import --side",
+            *(images.labels.name, counted(several, "row")),
+        )
+    return np.where(rows >= 0, owners[rows], -1), "item"
 
 
 def _by_any_key(images: ImageRows, labels: Labels) -> tuple[Ints, str] | None:

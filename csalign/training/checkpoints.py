@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from hashlib import sha256
 from importlib.metadata import version
@@ -24,15 +24,13 @@ import torch
 
 from csalign.adapters.checkpoint import DESCRIPTION, WEIGHTS, AdapterInfo, save_adapter
 from csalign.adapters.model import Adapter
-from csalign.adapters.side import mean_square
 from csalign.core import __version__, atomic, distributed, locks, outputs, signals
-from csalign.core.enums import Modality
+from csalign.core.enums import AnySide
 from csalign.core.errors import OutputError, SchemaError, Stopped, TrainingError
 from csalign.core.paths import is_remote
 from csalign.core.records import Record, read_job, write_record
 from csalign.features.reader import FeatureSet
 from csalign.runs.metadata import CONFIG, ENTRIES, ENVIRONMENT, FEATURES, LINES, write_environment
-from csalign.training.data import TrainingData
 from csalign.training.network.loop import Trainer
 from csalign.training.state import read_state, write_state
 
@@ -95,6 +93,7 @@ class UnfinishedRun:
 
     _trainer: Trainer
     _info: dict[str, Any]
+    _complete: Callable[[Adapter], Adapter]
     _environment: dict[str, Any]
 
     def __init__(
@@ -112,14 +111,24 @@ class UnfinishedRun:
     def begin(
         self,
         trainer: Trainer,
-        data: TrainingData,
-        start: str,
+        info: Mapping[str, Any],
         setting: Any,
         *,
+        features: Path,
         config: str,
         seed: int,
+        complete: Callable[[Adapter], Adapter] = lambda adapter: adapter,
     ) -> None:
         """Begin a phase: load the checkpoint to resume from into the trainer; describe the run.
+
+        Args:
+            trainer: of the phase.
+            info: values of `AdapterInfo`; see `info_of`.
+            setting: of the start, JSON values.
+            features: the feature set.
+            config: the options as TOML.
+            seed: of the run.
+            complete: makes the adapter of a checkpoint of the one that is trained.
 
         Raises:
             SchemaError: the checkpoint is not of this run.
@@ -133,18 +142,8 @@ class UnfinishedRun:
                     "again with --overwrite"
                 ) from error
             log.info("resuming from step %d (%s)", trainer.step, self.resumed.folder)
-        features = data.features
-        encoders = {side: features.table(side).encoder for side in Modality}
         self._trainer, self._setting = trainer, setting
-        self._info = {
-            "encoders": {side: own.spec for side, own in encoders.items()},
-            "encoder_fingerprints": {side: own.weights for side, own in encoders.items()},
-            "encoder_settings": {side: own.settings for side, own in encoders.items()},
-            "start": start,
-            "data_fingerprint": features.manifest.fingerprint(),
-            "train_split": data.refit_split if self.ended and data.refit_split else data.split,
-            "image_norm": mean_square(data.rows.images) ** 0.5,
-        }
+        self._info, self._complete = dict(info), complete
         libraries = ("torch", "numpy", "pyarrow", "faiss-cpu", "safetensors")
         self._environment = {
             "csalign": __version__,
@@ -156,7 +155,7 @@ class UnfinishedRun:
             "threads": torch.get_num_threads(),
             "seed": seed,
             "command_line": sys.argv,
-            FEATURES: str(features.path if is_remote(features.path) else features.path.absolute()),
+            FEATURES: str(features if is_remote(features) else features.absolute()),
         }
         atomic.write_text(self.path / CONFIG, config)
         atomic.write_json(self.path / ENVIRONMENT, self._environment)
@@ -177,7 +176,7 @@ class UnfinishedRun:
         path = _step_folder(self.path / CHECKPOINTS, self._trainer.step)
         with signals.delayed():  # a checkpoint in the run is complete or absent
             path.mkdir(parents=True, exist_ok=True)
-            self._save_weights(path, self._trainer.adapter)
+            self._save_weights(path, self._complete(self._trainer.adapter))
         for old in _steps_in(self.path / CHECKPOINTS)[:-CHECKPOINTS_KEPT]:
             outputs.remove_folder(old)
 
@@ -260,7 +259,7 @@ class UnfinishedRun:
     ) -> None:
         loss = self._trainer.loss
         info = AdapterInfo(
-            adapters={side: adapter.side(side).shape for side in Modality},
+            adapters=adapter.shapes,
             step=self._trainer.step,
             logit_scale=loss.logit_scale,
             bandwidth=loss.bandwidth,
@@ -268,6 +267,17 @@ class UnfinishedRun:
             **self._info,
         )
         save_adapter(folder, adapter, info)
+
+
+def info_of(features: FeatureSet, sides: Iterable[AnySide]) -> dict[str, Any]:
+    """Return what `AdapterInfo` records of a feature set and the encoders of some of its sides."""
+    encoders = {side: features.table(side).encoder for side in sides}
+    return {
+        "encoders": {side: own.spec for side, own in encoders.items()},
+        "encoder_fingerprints": {side: own.weights for side, own in encoders.items()},
+        "encoder_settings": {side: own.settings for side, own in encoders.items()},
+        "data_fingerprint": features.manifest.fingerprint(),
+    }
 
 
 def check_run_folder(out: Path, features: Path, *, overwrite: bool) -> None:

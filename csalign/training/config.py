@@ -27,6 +27,7 @@ from csalign.core.config import (
 from csalign.core.enums import DivergenceName, Modality, PairwiseName, Precision
 from csalign.core.errors import ConfigError
 from csalign.evaluation.config import PageOptions
+from csalign.training.sides.options import SidesOptions
 
 G = TypeVar("G", bound=Config)
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -318,6 +319,7 @@ class TrainConfig(
     ObjectiveOptions,
     OptimizerOptions,
     TokenOptions,
+    SidesOptions,
     PageOptions,
 ):
     """``csalign train``: adapters on cached features, with the CS-Aligner objective.

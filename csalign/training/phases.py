@@ -1,16 +1,11 @@
 """The phases of a training run: a validated network, its parts, and refits on all pairs."""
 
 import logging
-import math
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from csalign.adapters.model import Adapter, find_kind
+from csalign.adapters.model import Adapter
 from csalign.core import distributed, signals
-from csalign.core.arrays import Mask
-from csalign.core.errors import ConfigError, Stopped, TrainingError
+from csalign.core.errors import Stopped, TrainingError
 from csalign.core.progress import tick
 from csalign.core.records import Record
 from csalign.training.checkpoints import UnfinishedRun
@@ -22,115 +17,18 @@ from csalign.training.closed_forms.combine import (
     can_combine,
     combine,
 )
-from csalign.training.closed_forms.initialization import (
-    Start,
-    announce_start,
-    fit_setting,
-    initialize,
-    load_initialized,
-)
+from csalign.training.closed_forms.initialization import announce_start, load_initialized
 from csalign.training.closed_forms.settings import Setting
 from csalign.training.closed_forms.unpaired import Matches
-from csalign.training.config import (
-    AdapterOptions,
-    DataOptions,
-    ObjectiveOptions,
-    OptimizerOptions,
-    TokenOptions,
-    TrainConfig,
-)
-from csalign.training.data import StoredTokens, TrainingData, open_tokens
+from csalign.training.data import TrainingData
 from csalign.training.moment_matching import match_again, match_outputs
 from csalign.training.network.batch_loss import LEAST_SCALE
 from csalign.training.network.loop import FIRST, Log, Phase, Trainer
-from csalign.training.network.sampler import PairSampler, make_sampler
 from csalign.training.network.schedule import Timer
 from csalign.training.network.validation import Score, validate
+from csalign.training.work import Work
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Work:
-    """What all processes of a job train from."""
-
-    config: TrainConfig
-    data: TrainingData
-    tokens: StoredTokens | None
-    clock: Callable[[], float] = time.monotonic  # seconds that the command has taken
-    _samplers: dict[bool, PairSampler] = field(default_factory=dict)
-
-    def refits(self, phase: Phase) -> bool:
-        """Return whether a phase learns from the held-out pairs too."""
-        return phase.number > 0 and self.data.refits
-
-    def sampler(self, phase: Phase = FIRST) -> PairSampler:
-        """Return the sampler of the pairs that a phase learns from."""
-        refits = self.refits(phase)
-        if refits not in self._samplers:
-            self._samplers[refits] = self.make_sampler(None if refits else self.data.held_out)
-        return self._samplers[refits]
-
-    def make_sampler(self, leave_out: Mask | None) -> PairSampler:
-        """Build the sampler of all pairs but those of some images."""
-        options, other_weight = self.config.group(DataOptions), self.config.other_captions
-        return make_sampler(options, other_weight, self.data.rows, self.tokens, leave_out)
-
-    @property
-    def token_widths(self) -> dict[Any, int]:
-        """Token width of each side that trains with tokens."""
-        return self.tokens.widths if self.tokens else {}
-
-    @property
-    def seconds_left(self) -> float:
-        """Seconds that are left of ``--minutes``."""
-        minutes = self.config.minutes
-        return math.inf if minutes is None else 60 * minutes - self.clock()
-
-    @property
-    def further(self) -> int:
-        """Networks to train after the first."""
-        return self.config.networks + self.data.refits - 1
-
-    def timer(self, *, combines: bool = False) -> Timer:
-        """Build the timer of the first network, which a kernel CCA may follow."""
-        return Timer(self.clock, self.config.minutes, self.further + 1, combines)
-
-    def trainer(
-        self, adapter: Adapter, phase: Phase = FIRST, timer: Timer | None = None
-    ) -> Trainer:
-        """Build the trainer of a phase."""
-        config = self.config
-        return Trainer(
-            adapter,
-            self.data,
-            self.tokens,
-            self.sampler(phase),
-            config.group(ObjectiveOptions),
-            config.group(OptimizerOptions),
-            captions=config.captions,
-            device=config.device,
-            seed=config.seed,
-            phase=phase,
-            timer=timer,
-        )
-
-    def initialize(self) -> Start:
-        """Choose a closed form; see `initialize`."""
-        return initialize(
-            self.config.group(AdapterOptions),
-            self.data,
-            self.make_sampler,
-            self.token_widths,
-            self.config.seed,
-            unpaired_matches=self.config.unpaired_matches,
-        )
-
-    def fit(self, setting: Setting, phase: Phase) -> tuple[Adapter, Matches | None]:
-        """Fit a closed form on the pairs of a phase."""
-        options, seed = self.config.group(AdapterOptions), self.config.seed + phase.number
-        sampler, widths = self.sampler(phase), self.token_widths
-        return fit_setting(setting, options, self.data, sampler, widths, seed)
 
 
 class Decided(Record):
@@ -159,9 +57,9 @@ class Trained(NamedTuple):
     refit: str  # whether the held-out pairs were learned from, in words
 
 
-def run_phases(work: Work, run: UnfinishedRun, log_lines: Log) -> Trained:
-    """Train all networks, in the main process, and put the parts of the adapter together."""
-    config, data = work.config, work.data
+def train_networks(work: Any, run: UnfinishedRun, log_lines: Log) -> tuple[list[Adapter], Decided]:
+    """Train all networks of a `Work` or another `Timed`, in the main process."""
+    config = work.config
     networks = [load_initialized(own.folder, config.kinds)[0] for own in run.ended]
     if networks:
         decided = Decided.model_validate(run.ended[0].state)
@@ -173,6 +71,13 @@ def run_phases(work: Work, run: UnfinishedRun, log_lines: Log) -> Trained:
             run.end_phase(decided.model_dump(mode="json"))
         networks.append(_further_network(work, run, phase, decided))
     distributed.broadcast(lambda: None)  # no further phase
+    return networks, decided
+
+
+def run_phases(work: Work, run: UnfinishedRun, log_lines: Log) -> Trained:
+    """Train all networks, in the main process, and put the parts of the adapter together."""
+    config, data = work.config, work.data
+    networks, decided = train_networks(work, run, log_lines)
 
     def together(chosen: list[Adapter], phase: Phase) -> Adapter:
         matches = None
@@ -197,7 +102,7 @@ def run_phases(work: Work, run: UnfinishedRun, log_lines: Log) -> Trained:
     return Trained(adapter, measured, decided, parts, refit)
 
 
-def _first_network(work: Work, run: UnfinishedRun, log_lines: Log) -> tuple[Adapter, Decided]:
+def _first_network(work: Any, run: UnfinishedRun, log_lines: Log) -> tuple[Adapter, Decided]:
     """Choose a closed form, train from it, keep the best weights, and choose the parts."""
     config, data = work.config, work.data
     matches = None
@@ -216,7 +121,7 @@ def _first_network(work: Work, run: UnfinishedRun, log_lines: Log) -> tuple[Adap
         phase = FIRST._replace(steps=0)
     folds, began = _folds(work, adapter), work.clock()
     timer = work.timer(combines=bool(folds))
-    trainer = _run_phase(work, run, phase, adapter, (start, setting), log_lines, timer)
+    trainer = run_phase(work, run, phase, adapter, (start, setting), log_lines, timer)
     seconds = work.seconds_left - work.further * (work.clock() - began)
     scores = {"start": trainer.start_score, "kept": trainer.best_score}
     decided = Decided(
@@ -236,15 +141,15 @@ def _first_network(work: Work, run: UnfinishedRun, log_lines: Log) -> tuple[Adap
     return adapter, decided
 
 
-def _further_network(work: Work, run: UnfinishedRun, phase: Phase, decided: Decided) -> Adapter:
+def _further_network(work: Any, run: UnfinishedRun, phase: Phase, decided: Decided) -> Adapter:
     """Train another network from the same closed form, for as many steps as did best."""
     if run.resumed is None:
         tick("refitting the closed form")
-        adapter, _ = work.fit(decided.setting, phase)
+        adapter: Adapter = work.fit(decided.setting, phase)[0]
     else:
         adapter, _ = load_initialized(run.resumed.folder, work.config.kinds)
     start = decided.start, decided.setting
-    _run_phase(work, run, phase, adapter, start, lambda lines: None)
+    run_phase(work, run, phase, adapter, start, lambda lines: None)
     if decided.covariances is not None:
         match_again(
             adapter,
@@ -257,8 +162,8 @@ def _further_network(work: Work, run: UnfinishedRun, phase: Phase, decided: Deci
     return adapter
 
 
-def _run_phase(
-    work: Work,
+def run_phase(
+    work: Any,
     run: UnfinishedRun,
     phase: Phase,
     adapter: Adapter,
@@ -273,10 +178,18 @@ def _run_phase(
         phase = phase._replace(batch_size=state.get("batch_size"), scale=state.get("scale"))
     distributed.broadcast(lambda: (phase, adapter.shapes, adapter.state_dict(), state))
     tick("preparing")
-    trainer = work.trainer(adapter, phase, timer)
+    trainer: Trainer = work.trainer(adapter, phase, timer)
     if not phase.number and (trainer.scale or LEAST_SCALE) > LEAST_SCALE:
         log.info("logit scale: %.3g, by the recall of the start on held-out pairs", trainer.scale)
-    run.begin(trainer, work.data, name, setting, config=config.to_toml(), seed=config.seed)
+    run.begin(
+        trainer,
+        work.info(phase) | {"start": name},
+        setting,
+        features=work.data.features.path,
+        config=config.to_toml(),
+        seed=config.seed,
+        complete=work.complete,
+    )
     for validated in trainer.fit(log_lines):
         if validated and trainer.step:
             run.keep()
@@ -285,7 +198,7 @@ def _run_phase(
     return trainer
 
 
-def _further_phases(work: Work, decided: Decided) -> list[Phase]:
+def _further_phases(work: Any, decided: Decided) -> list[Phase]:
     """List the networks to train after the first, which is not kept if there is a refit."""
     refits, networks = work.data.refits, work.config.networks
     is_unused = decided.parts.share == 1
@@ -300,10 +213,10 @@ def _further_phases(work: Work, decided: Decided) -> list[Phase]:
     return [Phase(n, what, *common) for n in numbers]
 
 
-def _match(work: Work, adapter: Adapter, decided: Decided, log_lines: Log) -> Decided:
+def _match(work: Any, adapter: Adapter, decided: Decided, log_lines: Log) -> Decided:
     """Match the moments of the first network's outputs."""
     config, data = work.config, work.data
-    if not config.match_moments or "kept" not in decided.scores:
+    if not (isinstance(work, Work) and config.match_moments and "kept" in decided.scores):
         return decided
     before, once = Score(**decided.scores["kept"]), config.caption_weights
     sampler = work.sampler(FIRST)
@@ -340,11 +253,11 @@ def _choose_parts(
     return decided.model_copy(update={"scores": scores, "parts": found.combination})
 
 
-def _folds(work: Work, network: Adapter) -> list[Fold]:
+def _folds(work: Any, network: Adapter) -> list[Fold]:
     """List the folds to choose a kernel CCA by, none if no kernel is tried."""
     config, data = work.config, work.data
     tries = config.ensemble == "auto" and config.init == "canonical" and can_combine(network)
-    if not tries or data.val is None:
+    if not (tries and isinstance(work, Work)) or data.val is None:
         return []
     further = [Fold(work.make_sampler(own), data.rows.take(own)) for own in data.folds[1:]]
     return [Fold(work.sampler(FIRST), data.val), *further]
@@ -386,7 +299,7 @@ def _word_refit(data: TrainingData, networks: int) -> str:
     return f"{several}refitted on all {pairs:,} pairs, {held_out}; the figures are those before it"
 
 
-def follow_phases(work: Work) -> None:
+def follow_phases(work: Any) -> None:
     """Take the same steps as the main process in `run_phases`."""
     while (sent := distributed.receive()) is not None:
         phase, shapes, weights, state = sent
@@ -410,32 +323,3 @@ def follow(trainer: Trainer) -> None:
                 pass
     except (Stopped, TrainingError):
         distributed.wait_for_failure()
-
-
-def check_networks(config: TrainConfig, tokens: StoredTokens | None) -> None:
-    """Raise ConfigError if networks cannot stand side by side."""
-    if config.networks == 1:
-        return
-    if tokens is not None:
-        raise ConfigError(
-            f"--networks {config.networks}: networks side by side take no tokens; leave out "
-            "--networks, or --tokens and --token-weight"
-        )
-    for kind in config.kinds.values():
-        if find_kind(kind, allow={kind}).keeps_width:
-            raise ConfigError(
-                f"--networks {config.networks}: {kind} keeps the width of its encoder, and "
-                "networks side by side are wider; leave out --networks, or use another --adapter"
-            )
-
-
-def find_tokens(config: TrainConfig) -> StoredTokens | None:
-    """Open the tokens to train with, None without any; see `open_tokens`."""
-    return open_tokens(
-        config.features,
-        config.group(TokenOptions),
-        config.group(ObjectiveOptions),
-        config.kinds,
-        unpaired=config.unpaired,
-        sub_batch=config.sub_batch,
-    )

@@ -35,7 +35,7 @@ from csalign.objective.loss import Objective
 from csalign.training.config import DataOptions, TrainConfig
 from csalign.training.data import load_data
 from csalign.training.network.loop import Trainer
-from csalign.training.phases import Work
+from csalign.training.work import Work
 
 WIDTH, SCALE, SIGMA = 512, 7.0, 0.9
 PRODUCTS = 7  # of B x B x WIDTH in a step of InfoNCE and CS in tiles

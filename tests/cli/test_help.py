@@ -16,6 +16,7 @@ from csalign.generation.config import GenerateConfig
 from csalign.indexing.config import IndexConfig, SearchConfig
 from csalign.ingest.config import ExtractConfig, ImportConfig, SplitConfig
 from csalign.runs.config import ApplyConfig, ExportConfig
+from csalign.training.bind_config import BindConfig
 from csalign.training.config import TrainConfig, TuneConfig
 
 Run = Callable[..., tuple[int, str, str]]
@@ -27,6 +28,7 @@ CONFIGS: dict[str, type[Config]] = {
     "inspect": InspectConfig,
     "train": TrainConfig,
     "tune": TuneConfig,
+    "bind": BindConfig,
     "eval": EvalConfig,
     "compare": CompareConfig,
     "diagnose": DiagnoseConfig,
@@ -45,7 +47,7 @@ def test_the_first_help_shows_the_commands_by_purpose_and_three_examples(run: Ru
 
     assert code == 0
     assert [*names][:4] == ["Data", "Training", "Evaluation", "Use"]
-    assert names["Training"] == ["train", "tune", "recipes"]
+    assert names["Training"] == ["train", "tune", "bind", "recipes"]
     assert names["Evaluation"] == ["eval", "compare", "diagnose"]
     assert names["Use"] == ["apply", "index", "search", "export", "generate"]
     assert names["Data"] == ["extract", "import", "split", "inspect"]

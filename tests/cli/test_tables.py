@@ -26,6 +26,8 @@ from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays
 from csalign.runs.config import ExportConfig
 from csalign.runs.export import export
+from csalign.training.bind import bind
+from csalign.training.bind_config import BindConfig
 from csalign.training.config import TrainConfig, TuneConfig
 from csalign.training.train import train
 from csalign.training.tuning.tune import tune
@@ -150,6 +152,9 @@ def shown(folder: Path) -> dict[str, Shown]:
     exporting = ExportConfig(run=run, out=folder / "exported", to="safetensors")
     exported = export(exporting)
     document_of = InspectConfig(path=run)
+    renamed = {"share": "text", "rename": "image=photo"}
+    binding = BindConfig(first=run, second=run, out=folder / "bound", **renamed)
+    bound = bind(binding)
     return {
         "eval": Shown(lambda: document, eval_tables.eval_tables, plain, expected),
         "all": Shown(lambda: complete, eval_tables.eval_tables, every, more),
@@ -169,6 +174,12 @@ def shown(folder: Path) -> dict[str, Shown]:
                 *("mean recall % ↑", f"{100 * training.validation['kept']['mean_recall']:.2f}"),
                 *("width", "on all 240 pairs"),
             ],
+        ),
+        "bind": Shown(
+            lambda: bound,
+            tables.bind_table,
+            binding,
+            ["image, text, photo", "agreement", f"{bound['rows']:,} different rows"],
         ),
         "diagnose": Shown(
             lambda: diagnosed,
@@ -205,6 +216,7 @@ COMMANDS = (
     "alone",
     "tune",
     "train",
+    "bind",
     "diagnose",
     "foretold",
     "search",

@@ -13,7 +13,7 @@ from csalign.features.writer import FeatureWriter, Rows
 from csalign.training.config import DataOptions, TrainConfig
 from csalign.training.data import load_data
 from csalign.training.network.loop import Trainer
-from csalign.training.phases import Work, find_tokens
+from csalign.training.work import Work, find_tokens
 
 WIDTH, IMAGES = 12, 90
 

@@ -24,6 +24,7 @@ def test_each_name_is_its_function() -> None:
     x, y = rows(6, 3, 0), rows(6, 3, 1, 0.5)
     expected = {
         DivergenceName.CS: cs_divergence(x, y, sigma=0.8),
+        DivergenceName.HOLDER: cs_divergence(x, y, sigma=0.8),
         DivergenceName.MMD: mmd(x, y, sigma=0.8),
         DivergenceName.GAUSSIAN_KL: gaussian_jeffreys(x, y),
         DivergenceName.SINKHORN: sinkhorn_divergence(x, y, sigma=0.8, diameter=2.0),

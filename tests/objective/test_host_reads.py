@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from csalign.core.enums import DivergenceName, PairwiseName
-from csalign.objective.divergences import sinkhorn_divergence
+from csalign.objective.divergences import holder, sinkhorn_divergence
 from csalign.objective.kernels import (
     Sigma,
     diagonal_share,
@@ -117,7 +117,8 @@ def test_measures_of_a_kernel_are_tensors(sigma: Sigma) -> None:
         middle, share = median_distance(x, y), diagonal_share(x, sigma=sigma, max_rows=30)
         transport = sinkhorn_divergence(x, y, sigma=sigma, diameter=2.0)
         kernels = log_mean_kernels(x, y, sigma=sigma)
+        apart = holder((x, y, x + y), sigma)
 
-    assert middle.shape == share.shape == transport.shape == ()
+    assert middle.shape == share.shape == transport.shape == apart.shape == ()
     assert float(share) == pytest.approx(float(diagonal_share(x, sigma=0.5, max_rows=30)))
     assert float(kernels[-1]) == pytest.approx(float(log_mean_kernels(x, y, sigma=0.5)))

@@ -26,8 +26,8 @@ from csalign.training.config import AdapterOptions, DataOptions, TrainConfig
 from csalign.training.data import TrainingData, load_data
 from csalign.training.network.loop import Phase, Trainer
 from csalign.training.network.sampler import make_sampler
-from csalign.training.phases import Work
 from csalign.training.train import train
+from csalign.training.work import Work
 
 QUICK: dict[str, Any] = {"steps": 12, "batch_size": 20, "hidden": 8, "validations": 4}
 QUICK |= {"patience": 99, "learning_rate": 3e-3, "noise": 0.1}

@@ -15,9 +15,9 @@ from csalign.training.config import DataOptions, TrainConfig, TuneConfig
 from csalign.training.data import load_data
 from csalign.training.network.loop import Trainer
 from csalign.training.network.schedule import Schedule, Timer, plan
-from csalign.training.phases import Work
 from csalign.training.state import read_state, write_state
 from csalign.training.train import train
+from csalign.training.work import Work
 
 QUICK: dict[str, Any] = {"batch_size": 64, "hidden": 8, "patience": 99, "ensemble": "off"}
 

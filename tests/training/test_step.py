@@ -30,8 +30,8 @@ from csalign.training.network.device_rows import DeviceRows, PlannedBatch
 from csalign.training.network.loop import Trainer
 from csalign.training.network.sampler import BatchLoader, PairSampler
 from csalign.training.network.validation import MOST_SCALE, logit_scale
-from csalign.training.phases import Work, find_tokens
 from csalign.training.train import train
+from csalign.training.work import Work, find_tokens
 
 READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2"}
 
@@ -101,7 +101,10 @@ def count_reads(trainer: Trainer, steps: int = 12) -> Counter[str]:
         {"pairwise": "sigmoid"},
         {"pairwise": "align-uniform"},
         {"cs_captions": "all", "unpaired_negatives": True},
-        *({"divergence": name} for name in ("mmd", "gaussian-kl", "sinkhorn", "pairs-mse", "none")),
+        *(
+            {"divergence": name}
+            for name in ("holder", "mmd", "gaussian-kl", "sinkhorn", "pairs-mse", "none")
+        ),
     ],
     ids=str,
 )

@@ -588,7 +588,7 @@ def test_unpaired_rows_reach_the_divergence_and_are_negatives(
         run(features, tmp_path / "run", unpaired=str(tmp_path / "narrow"))
 
 
-@pytest.mark.parametrize("name", ["mmd", "gaussian-kl", "sinkhorn", "pairs-mse", "none"])
+@pytest.mark.parametrize("name", ["holder", "mmd", "gaussian-kl", "sinkhorn", "pairs-mse", "none"])
 def test_each_divergence_can_take_the_place_of_cs(
     features: Path, tmp_path: Path, name: str
 ) -> None:

@@ -25,8 +25,8 @@ from csalign.training.config import TrainConfig
 from csalign.training.data import StoredTokens
 from csalign.training.network import sampler
 from csalign.training.network.sampler import Order, PairSampler, order_for, uniform
-from csalign.training.phases import find_tokens
 from csalign.training.train import train
+from csalign.training.work import find_tokens
 
 Write = Callable[..., Path]
 QUICK = {"steps": 12, "batch_size": 24, "hidden": 16, "layers": 1, "validations": 4, "patience": 99}

@@ -185,7 +185,7 @@ class Container:
             if len(shape) in (2, 3) and kind in DTYPES
         ]
 
-    def remedy(self, sides: Iterable[Modality] = Modality) -> str:
+    def remedy(self, sides: Iterable[str] = Modality) -> str:
         """Say how to store vectors of some sides that are there in a form that is not read."""
         for name, kind in self.others.items():
             if are_vectors(name) and any(
@@ -206,9 +206,7 @@ class Container:
 Opener = Callable[[Path], AbstractContextManager[Container]]
 
 
-def read_named(
-    path: Path, opener: Opener, modality: Modality, wanted: str | None = None
-) -> Vectors:
+def read_named(path: Path, opener: Opener, modality: str, wanted: str | None = None) -> Vectors:
     """Select one side's embeddings in a file of arrays.
 
     They are the first that applies: the array that is `wanted`, has no name, or has a name of the
@@ -237,9 +235,10 @@ def read_named(
         return _keyed(path, opener, file)
     names = names or _recognised(file, modality)
     if not names:
+        option = f"--{modality}-column" if isinstance(modality, Modality) else f"{path}:NAME"
         raise DataError(
             f"{path}: no array looks like the {modality} embeddings (arrays: {file}); name it "
-            f"with --{modality}-column{file.remedy([modality])}"
+            f"with {option}{file.remedy([modality])}"
         )
     parts = tuple(_part(path, opener, name, headers[name]) for name in names)
     unused = frozenset(f"{path}:{name}" for name in file.vectors if name not in names)
@@ -395,12 +394,12 @@ def _unread(file: Container, rows: int) -> dict[str, str]:
     return {name: why for name, why in found.items() if name in names or is_usual_key(name)}
 
 
-def _recognised(file: Container, modality: Modality) -> list[str]:
+def _recognised(file: Container, modality: str) -> list[str]:
     """Return the only array, or all if their names differ in a last number only, from 0 on."""
     arrays = [name for name, header in file.headers.items() if len(header.shape) in (2, 3)]
     if len(arrays) == 1:
-        other = next(side for side in Modality if side is not modality)
-        return [] if file.is_table and of_side(arrays, other) else arrays
+        is_other = any(of_side(arrays, side) for side in Modality if side != modality)
+        return [] if file.is_table and is_other else arrays
     stem = re.sub(r"\d+$", "", min(file.headers, default=""))
     names = [f"{stem}{number}" for number in range(len(file.headers))]
     return names if set(names) == set(arrays) and not file.is_table else []

@@ -7,7 +7,7 @@ from csalign.sources.records.cells import plain_name as plain_name
 from csalign.sources.records.tables import CAPTION_NAMES, IMAGE_NAMES, SPLIT_NAME
 
 # Usual names of an array, dataset or column: of a side, and in a file of one side only.
-NAMES: dict[Modality, tuple[str, ...]] = {
+NAMES: dict[str, tuple[str, ...]] = {
     Modality.IMAGE: (
         *("images", "image", "image_embeddings", "image_embedding", "image_embeds", "image_emb"),
         *("img_emb", "image_features", "image_feats", "img_feats", "vision_features"),
@@ -21,7 +21,7 @@ EITHER_NAMES = (
     *("embeddings", "embedding", "embeds", "emb", "vectors", "vector", "features", "feats"),
     "data",
 )
-_WORDS = {
+_WORDS: dict[str, set[str]] = {
     Modality.IMAGE: {
         *("image", "images", "img", "imgs", "vision", "visual", "picture", "pictures"),
         *("photo", "photos"),
@@ -46,6 +46,7 @@ REFERENCES = (  # of texts, to images
 )
 TEXT_IDS = ("text_id", "text_ids", "caption_id", "caption_ids", "text_key", "text_keys")
 ITEM_IDS = ("id", "ids", "key", "keys", "uid", "uuid")  # of either side
+ITEMS = ("item", "item_id")  # keys of items, of which a side may have several rows, or none
 PATHS = (*IMAGE_NAMES, "url", "image_url", "img_url", "uri", "image_uri", "sha256", "md5")
 _KEY_WORDS = {
     *("id", "ids", "key", "keys", "uid", "uuid", "guid", "hash", "sha", "md", "path", "paths"),
@@ -114,13 +115,16 @@ def first_of(names: Iterable[str], there: Iterable[str]) -> str | None:
     return next((by_name[name] for name in names if name in by_name), None)
 
 
-def of_side(names: Sequence[str], side: Modality) -> list[str]:
+def of_side(names: Sequence[str], side: str) -> list[str]:
     """Return the names that are a side's embeddings: the first usual one, else all with its words.
 
-    A name with words of both sides is neither's.
+    A name with words of images and of texts is neither's. Of any other side, a name has its words.
     """
-    usual = first_of(NAMES[side], names)
+    plain = plain_name(side)
+    usual = first_of(NAMES.get(side, (plain, f"{plain}s")), names)
     if usual is not None:
         return [usual]
-    other = next(own for own in Modality if own is not side)
+    if side not in _WORDS:
+        return [name for name in names if words_of(plain) <= words_of(name)]
+    other = next(own for own in Modality if own != side)
     return [n for n in names if words_of(n) & _WORDS[side] and not words_of(n) & _WORDS[other]]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -42,14 +43,14 @@ _BEGINNINGS = {
 log = logging.getLogger(__name__)
 
 
-def read_side(spec: Path, modality: Modality, column: str | None = None) -> base.Vectors:
+def read_side(spec: Path, modality: str, column: str | None = None) -> base.Vectors:
     """Open one side's embeddings; only headers and labels are read.
 
     Args:
         spec: a file of one of `OPENERS`, followed by a colon and the name of an array or column
             if it contains several (``both.npz:images``); a folder of such files, joined in natural
             order; or a folder of ``datasets.save_to_disk`` or clip-retrieval.
-        modality: the side.
+        modality: the side: a `Modality`, or the name of any other.
         column: the name, instead of after a colon.
 
     Raises:
@@ -62,9 +63,11 @@ def read_side(spec: Path, modality: Modality, column: str | None = None) -> base
         raise ConfigError(f"{spec}: names {name!r}, and --{modality}-column {column!r}; pass one")
     wanted = name or column
     if path.is_dir() and is_clip_retrieval(path):
-        sides = read_clip_retrieval(path)
+        sides = {str(side): own for side, own in read_clip_retrieval(path).items()}
         if modality not in sides:
-            raise DataError(f"{path}: has no {FOLDERS[modality]}; run clip-retrieval for that side")
+            folders = {str(side): folder for side, folder in FOLDERS.items()}
+            missing = folders.get(modality, f"side {modality}")
+            raise DataError(f"{path}: has no {missing}; run clip-retrieval for that side")
         return sides[modality]
     if not path.exists():
         raise DataError(f"{path}: no such file{likely_meant(path)}")
@@ -155,11 +158,12 @@ def split_spec(spec: Path) -> tuple[Path, str | None]:
         file, colon, name = above.name.partition(":")
         if colon and file and above.with_name(file).exists():
             below = spec.relative_to(above).as_posix() if above != spec else ""
+            name = name.removeprefix(":")
             return above.with_name(file), f"{name}/{below}" if below else name
     return spec, None
 
 
-def _read_all(path: Path, modality: Modality, wanted: str | None) -> base.Vectors:
+def _read_all(path: Path, modality: str, wanted: str | None) -> base.Vectors:
     arrays = []
     found = _files_of(path)
     for file, split in found:
@@ -179,8 +183,8 @@ def _read_all(path: Path, modality: Modality, wanted: str | None) -> base.Vector
     return replace(base.join(str(path), arrays), gap=gap)
 
 
-def labels_beside(sides: Mapping[Modality, base.Vectors]) -> dict[Modality, Labels]:
-    """Return the lists and tables of keys beside arrays without labels, if both sides have some.
+def labels_beside(sides: Mapping[Any, base.Vectors], *, of_all: bool = True) -> dict[Any, Labels]:
+    """Return the lists and tables of keys beside arrays without labels, `of_all` sides or of some.
 
     They have one value per row, and begin with the array's name, name its side, as
     ``image_ids.json`` does, or are named like keys in a folder of their own with it. Others with
@@ -188,7 +192,7 @@ def labels_beside(sides: Mapping[Modality, base.Vectors]) -> dict[Modality, Labe
     """
     arrays = {side: Path(vectors.name) for side, vectors in sides.items()}
     folders = {side: path if path.is_dir() else path.parent for side, path in arrays.items()}
-    found: dict[Modality, list[Labels]] = {side: [] for side in sides}
+    found: dict[Any, list[Labels]] = {side: [] for side in sides}
     unread: dict[str, None] = {}
     for side, folder in folders.items():
         if sides[side].labels or is_remote(folder) or not folder.is_dir():
@@ -199,8 +203,10 @@ def labels_beside(sides: Mapping[Modality, base.Vectors]) -> dict[Modality, Labe
             if side in owners and (labels := _read_beside(file, len(sides[side]))):
                 unread[labels.name] = None
                 found[side] += [labels] if len(owners) == 1 else []
-    used: dict[Modality, Labels] = {}
-    for side, named in found.items() if len(sides) == 2 and all(found.values()) else ():
+    used: dict[Any, Labels] = {}
+    if of_all and not (len(sides) == 2 and all(found.values())):
+        found = {}
+    for side, named in ((side, own) for side, own in found.items() if own):
         columns = {name: own.column(name) for own in reversed(named) for name in own.names}
         used[side] = named[0].with_columns(columns)
         for own in named:
@@ -209,14 +215,15 @@ def labels_beside(sides: Mapping[Modality, base.Vectors]) -> dict[Modality, Labe
     if unread:
         first, *others = unread
         log.warning(
-            "%s: has one value per row and is not read; pass it with --image-table or "
-            "--text-table%s",
-            *(first, f" ({len(others)} more files are like it)" if others else ""),
+            "%s: has one value per row and is not read; %s%s",
+            first,
+            "pass it with --image-table or --text-table" if of_all else "name it after its array",
+            f" ({len(others)} more files are like it)" if others else "",
         )
     return used
 
 
-def _owners_of(file: Path, arrays: Mapping[Modality, Path]) -> list[Modality]:
+def _owners_of(file: Path, arrays: Mapping[Any, Path]) -> list[Any]:
     """Return the sides whose array in the folder a file may contain the keys of, by its name."""
     if file.suffix.lower() not in (*LISTS, ".csv", ".tsv", ".jsonl", ".parquet", *PICKLES):
         return []

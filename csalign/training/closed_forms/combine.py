@@ -13,7 +13,7 @@ import torch
 from csalign.adapters.builtin import Parts
 from csalign.adapters.kernel_cca import MAX_LANDMARKS, KernelCca, KernelPairs, KernelSetting
 from csalign.adapters.model import Adapter, find_kind
-from csalign.adapters.side import SideAdapter, SideShape, to_tensor
+from csalign.adapters.side import SideAdapter, to_tensor
 from csalign.core.arrays import Array
 from csalign.core.enums import Modality
 from csalign.core.progress import duration, show_figures, tick
@@ -150,13 +150,10 @@ def _put_together(networks: Sequence[Adapter], kernel: Adapter | None, share: fl
     parts = [(part, own) for part, own in weighed if own and part is not None]
     if len(parts) == 1:
         return parts[0][0]
-    sides = {}
-    for side in Modality:
-        own = [part.side(side).cpu() for part, _ in parts]
-        shapes = tuple(part.shape for part in own)
-        width = sum(shape.width for shape in shapes)
-        sides[side] = Parts(SideShape("parts", shapes[0].input_width, width, parts=shapes), own)
-        sides[side].shares = torch.tensor([share for _, share in parts])
+    shares = [share for _, share in parts]
+    sides = {
+        side: Parts.of([part.side(side).cpu() for part, _ in parts], shares) for side in Modality
+    }
     return Adapter.of_sides(sides)
 
 

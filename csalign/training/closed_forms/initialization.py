@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -25,12 +26,11 @@ from csalign.core.progress import duration, show_figures, tick
 from csalign.features.join import Pairs
 from csalign.runs.baselines import fit_baseline, some_of
 from csalign.training.closed_forms.settings import (
-    LADDER,
     POWERS,
     Candidate,
     Setting,
     best_of,
-    nearby,
+    climb,
     ridge_at,
 )
 from csalign.training.closed_forms.unpaired import FEW_PAIRS, Matches, Pools, search
@@ -41,7 +41,6 @@ from csalign.training.network.validation import Measured, measure, pool
 
 log = logging.getLogger(__name__)
 
-FIRST_STEPS = (-3, -1, 1, 3)  # ridges 0.03, 0.3, 3, 30; then those beside the best
 FEWER_THAN_CLUSTERS = 30  # pairs, with which clusters are matched
 
 Units = tuple[UnitRows, UnitRows]
@@ -145,7 +144,7 @@ def fit_setting(
 def announce_start(start: Start) -> None:
     """Log the start, and which dimensions of the embeddings it scales down."""
     log.info("%s", start.summary)
-    for side in Modality:
+    for side in start.adapter.names:
         scale = start.adapter.side(side).scale
         if scale is not None:
             loud = (scale < 1).nonzero()[:, 0].tolist()
@@ -160,7 +159,7 @@ def announce_start(start: Start) -> None:
             )
 
 
-def load_initialized(folder: Path, kinds: Mapping[Modality, str]) -> tuple[Adapter, str]:
+def load_initialized(folder: Path, kinds: Mapping[Any, str]) -> tuple[Adapter, str]:
     """Load the adapters of a checkpoint, and the name of their initialization."""
     with torch.random.fork_rng(devices=[]):
         adapter, info = load_adapter_with_info(folder, allow=set(kinds.values()))
@@ -301,29 +300,43 @@ class _Fits:
 
     def _build(self, width: int | None, units: Units) -> Adapter:
         """Build adapters with random weights; a width of None is that of the kinds and options."""
-        options = self.options
-        shapes = {
-            side: SideShape(
-                kind=self._kinds[side],
-                input_width=self._widths[side],
-                width=width or self.width,
-                hidden=options.hidden,
-                dropout=options.dropout,
-                signed_sqrt=own.signed_sqrt,
-                token_width=self.token_widths.get(side),
-                rank=options.rank,
-                layers=options.layers,
-                scaled=own.scale is not None,
-            )
-            for side, own in zip(Modality, units, strict=True)
-        }
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            adapter = Adapter(shapes, allow=self._allow)
-        for side, own in zip(Modality, units, strict=True):
-            if own.scale is not None:
-                adapter.side(side).set_scale(own.scale)
-        return adapter
+        of_sides = dict(zip(Modality, units, strict=True))
+        common = self.options, self._kinds, self._widths, width or self.width
+        return build_adapter(*common, of_sides, self.seed, self.token_widths)
+
+
+def build_adapter(
+    options: AdapterOptions,
+    kinds: Mapping[Any, str],
+    widths: Mapping[Any, int],
+    width: int,
+    units: Mapping[Any, UnitRows],
+    seed: int,
+    token_widths: Mapping[Any, int] = MappingProxyType({}),
+) -> Adapter:
+    """Build an adapter with random weights of a seed; all mappings are by side."""
+    shapes = {
+        side: SideShape(
+            kind=kind,
+            input_width=widths[side],
+            width=width,
+            hidden=options.hidden,
+            dropout=options.dropout,
+            signed_sqrt=units[side].signed_sqrt,
+            token_width=token_widths.get(side),
+            rank=options.rank,
+            layers=options.layers,
+            scaled=units[side].scale is not None,
+        )
+        for side, kind in kinds.items()
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapter = Adapter(shapes, allow=set(kinds.values()))
+    for side, own in units.items():
+        if own.scale is not None:
+            adapter.side(side).set_scale(own.scale)
+    return adapter
 
 
 @dataclass
@@ -381,23 +394,9 @@ class _Choice:
         return found
 
     def _climb(self, form: Form) -> Candidate:
-        """Try ridges, then those beside the best until it lies between two that are worse."""
-        found: dict[int, Candidate] = {}
-        steps = [0] if form == "centred" else [*FIRST_STEPS]
-        while steps:
-            found |= {step: self._at(form, step) for step in steps}
-            best = best_of(found.values())
-            # Where all is right, smaller ridges narrow the gap without end.
-            is_done = form == "centred" or best.measured.score.is_perfect
-            steps = [] if is_done else [step for step in nearby(best.step) if step not in found]
-        if best.step in (LADDER[0], LADDER[-1]):
-            log.warning(
-                "%s: ridge %g is the best on validation, the last of those tried; look for "
-                "repeated or damaged embeddings with csalign inspect",
-                self._fits.data.rows.name,
-                best.setting.ridge,
-            )
-        return best
+        if form == "centred":
+            return self._at(form, 0)
+        return climb(partial(self._at, form), self._fits.data.rows.name)
 
     def _at(self, form: Form, step: int) -> Candidate:
         """Fit a form at a step of the ridges on each fold; the best of its powers."""

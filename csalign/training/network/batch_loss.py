@@ -37,7 +37,7 @@ SUB_BATCH = 8_192  # rows per adapter pass by default
 AUTO_WEIGHT = 0.1  # initial value of an automatic lambda
 MIN_WEIGHT, MAX_WEIGHT = 1e-3, 10.0  # its limits
 RAISE, LOWER = 1.5, 0.5  # its factors after a validation
-_KERNELS = (DivergenceName.CS, DivergenceName.MMD)
+_KERNELS = (DivergenceName.CS, DivergenceName.HOLDER, DivergenceName.MMD)
 # Options that only some pairwise losses use.
 _OF_LOSSES = {
     "label_smoothing": (PairwiseName.INFONCE,),
@@ -137,6 +137,7 @@ class BatchLoss(nn.Module):
     the objective of the whole batch together; its value is the same in each.
 
     Attributes:
+        options: the terms.
         sigma: bandwidth(s) of the last batch, on the device if found there; None if no term has
             one.
         diagonal_share: share of the kernel's mass that is each row with itself, likewise, at the
@@ -152,7 +153,7 @@ class BatchLoss(nn.Module):
         compiled: bool = False,
     ) -> None:
         super().__init__()
-        self._options = options
+        self.options = options
         self._precision = precision
         self._sub_batch = sub_batch or SUB_BATCH
         self._objective = Objective(
@@ -200,7 +201,7 @@ class BatchLoss(nn.Module):
 
         Halving undoes more than one raise, so that it settles where the term costs no recall.
         """
-        if self._options.cs_weight == "auto" and self.weight:
+        if self.options.cs_weight == "auto" and self.weight:
             value = self.weight * (RAISE if recall_holds else LOWER)
             self.weight = min(MAX_WEIGHT, max(MIN_WEIGHT, value))
 
@@ -216,7 +217,7 @@ class BatchLoss(nn.Module):
 
     def clamp(self) -> None:
         """Clamp a learned temperature to where training is stable."""
-        if self._options.learn_scale:
+        if self.options.learn_scale:
             with torch.no_grad():
                 self.log_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
@@ -228,7 +229,7 @@ class BatchLoss(nn.Module):
         """Restore what `get_extra_state` returned, possibly after a round trip through JSON."""
         sigma = state["sigma"]
         self.sigma = tuple(sigma) if isinstance(sigma, list) else sigma
-        if self._options.bandwidth == "median" and sigma is not None:
+        if self.options.bandwidth == "median" and sigma is not None:
             self.sigma = torch.tensor(sigma, device=self.log_scale.device)
         self.weight = state["weight"]
 
@@ -237,25 +238,25 @@ class BatchLoss(nn.Module):
         x, x_tokens = self._embed(adapter.image, batch.images, batch.token_pairs[0])
         y, y_tokens = self._embed(adapter.text, batch.texts, batch.token_pairs[1])
         tokens = None
-        if self._options.token_weight and x_tokens and y_tokens:
+        if self.options.token_weight and x_tokens and y_tokens:
             tokens = TokenBatch(x_tokens[0], y_tokens[0], x_tokens[1], y_tokens[1])
         images, _, _, unpaired_images = torch.split(x, batch.images.counts)
         texts, others, further, unpaired_texts = torch.split(y, batch.texts.counts)
         negatives = 0, 0
-        if self._options.unpaired_negatives:
+        if self.options.unpaired_negatives:
             negatives = len(unpaired_images), len(unpaired_texts)
         extra_texts = unpaired_texts
-        if self._options.cs_captions == "all":
+        if self.options.cs_captions == "all":
             extra_texts = torch.cat([unpaired_texts, others, further])
         scale = self._scale or self.log_scale.exp()
-        most = self._scale or max(MAX_LOGIT_SCALE, initial_scale(self._options))
+        most = self._scale or max(MAX_LOGIT_SCALE, initial_scale(self.options))
         parts = self._objective(
             images,
             texts,
             logit_scale=scale,
             max_scale=most,
             logit_bias=self.logit_bias,
-            sigma=self._bandwidth(images, texts, step),
+            sigma=self._bandwidth((images, texts), step),
             owner=batch.owner,
             x_extra=unpaired_images,
             y_extra=extra_texts,
@@ -274,15 +275,13 @@ class BatchLoss(nn.Module):
             y_extra=unpaired_texts,
             negatives=negatives,
         ).pairwise
-        return parts._replace(
-            total=parts.total + self._options.other_captions * extra, others=extra
-        )
+        return parts._replace(total=parts.total + self.options.other_captions * extra, others=extra)
 
     def _embed(
         self, side: SideAdapter, batch: SideBatch, token_pairs: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Embed the rows of one side, (n, width) of all processes, and the token term's tokens."""
-        noise = self._options.noise
+        noise = self.options.noise
         is_rounded = self._precision is Precision.BFLOAT16
         with torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=is_rounded):
             if batch.tokens is None:
@@ -299,7 +298,7 @@ class BatchLoss(nn.Module):
 
     def _embed_share(self, side: SideAdapter, rows: Tensor) -> Tensor:
         """Embed rows; in sub-batches if many, recomputed with the same noise in the backward."""
-        noise = self._options.noise
+        noise = self.options.noise
         if len(rows) <= self._sub_batch:
             embeddings: Tensor = side(rows, noise)
             return embeddings.float()
@@ -329,26 +328,26 @@ class BatchLoss(nn.Module):
         else:
             self.sigma = value
 
-    def _bandwidth(self, x: Tensor, y: Tensor, step: int) -> Sigma:
+    def _bandwidth(self, sides: Sequence[Tensor], step: int) -> Sigma:
         """Return sigma for this batch; measure at times how much of the kernel is diagonal."""
         if not self._has_bandwidth:
             return 1.0
         is_due = self.measures(step)
         if is_due:
-            x, y = (normalize(side.detach(), dim=1) for side in (x, y))
-        if self._options.bandwidth == "tied" and not self._scale:
+            sides = [normalize(side.detach(), dim=1) for side in sides]
+        if self.options.bandwidth == "tied" and not self._scale:
             self._set_sigma((self.log_scale.detach() / -2).exp())
-        elif self._options.bandwidth == "median" and is_due:
-            self._set_sigma(
-                distributed.broadcast_tensor(
-                    lambda: median_distance(x, y).clamp(min=MIN_MEDIAN), self.log_scale
-                )
-            )
+        elif self.options.bandwidth == "median" and is_due:
+
+            def median() -> Tensor:
+                return median_distance(sides[0], torch.cat([*sides[1:]])).clamp(min=MIN_MEDIAN)
+
+            self._set_sigma(distributed.broadcast_tensor(median, self.log_scale))
         assert self.sigma is not None
-        if is_due and not self._warned and self._options.divergence in _KERNELS and len(x) > 2:
-            self.diagonal_share = torch.maximum(
-                diagonal_share(x, sigma=self.sigma), diagonal_share(y, sigma=self.sigma)
-            )
+        is_kernel = self.options.divergence in _KERNELS and min(map(len, sides)) > 2
+        if is_due and not self._warned and is_kernel:
+            shares = [diagonal_share(side, sigma=self.sigma) for side in sides]
+            self.diagonal_share = torch.stack(shares).max()
         return self.sigma
 
     def warn_if_narrow(self, bandwidth: Bandwidth, share: float) -> None:

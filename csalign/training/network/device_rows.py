@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from queue import Queue
 from threading import Event, Semaphore, Thread
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from warnings import catch_warnings
 
 import numpy as np
@@ -57,7 +57,16 @@ class PlannedBatch:
     coefficient: float  # of that
 
 
-Pieces = Mapping[Modality, Sequence[Tensor]]
+class Plan(Protocol):
+    """Which rows a batch takes."""
+
+    @property
+    def picked(self) -> Mapping[Any, Sequence[Picked]]:
+        """By side, rows of its arrays."""
+
+
+Planned = TypeVar("Planned", bound=Plan)
+Pieces = Mapping[Any, Sequence[Tensor]]
 """Rows (k, d) on the device in the stored dtype, for each `Picked`."""
 
 
@@ -81,11 +90,12 @@ class DeviceRows:
     """Arrays of embeddings (n, d), in memory or mapped, rows of which become tensors on a device.
 
     Attributes:
+        device: as given.
         kept: the arrays on the device, by their identity; empty where rows are read on the host.
     """
 
-    def __init__(self, arrays: Mapping[Modality, Sequence[Array]], device: torch.device) -> None:
-        self._arrays, self._device = arrays, device
+    def __init__(self, arrays: Mapping[Any, Sequence[Array]], device: torch.device) -> None:
+        self._arrays, self.device = arrays, device
         self._distinct = {id(own): own for side in arrays.values() for own in side}
         self.kept: dict[int, Tensor] = {}
         mapped = any(isinstance(own, np.memmap) for own in self._distinct.values())
@@ -94,27 +104,27 @@ class DeviceRows:
 
     def keep(self) -> None:
         """Copy all arrays to a CUDA device, if they fit into half of its free memory."""
-        if self._device.type != "cuda" or self.kept:
+        if self.device.type != "cuda" or self.kept:
             return
         size = sum(own.nbytes for own in self._distinct.values())
-        free = free_bytes(self._device)
+        free = free_bytes(self.device)
         fits = size <= SHARE * free
         if distributed.is_main_process():
             where = "kept there" if fits else f"more than {SHARE:.0%}, so sent in blocks"
-            figures = self._device, -(-size // MIB), free // MIB, where
+            figures = self.device, -(-size // MIB), free // MIB, where
             log.info("embeddings on %s: %d MiB of %d MiB free, %s", *figures)
         for key, own in self._distinct.items() if fits else ():
-            copied = self.kept[key] = torch.empty(own.shape, dtype=_dtype(own), device=self._device)
+            copied = self.kept[key] = torch.empty(own.shape, dtype=_dtype(own), device=self.device)
             for start in range(0, len(own), CHUNK_ROWS):
                 chunk = slice(start, start + CHUNK_ROWS)
-                copied[chunk] = upload(np.ascontiguousarray(own[chunk]), self._device)
+                copied[chunk] = upload(np.ascontiguousarray(own[chunk]), self.device)
 
     def release(self) -> None:
         """Free what `keep` copied."""
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             self.kept = {}
 
-    def take(self, plan: PlannedBatch, rows: Sequence[Tensor]) -> Pieces:
+    def take(self, plan: Plan, rows: Sequence[Tensor]) -> Pieces:
         """Take rows of arrays that are kept: of all that is picked, in order, each (k,) int64."""
         left = iter(rows)
         return {
@@ -125,22 +135,22 @@ class DeviceRows:
             for side, picked in plan.picked.items()
         }
 
-    def read(self, plan: PlannedBatch) -> Pieces:
+    def read(self, plan: Plan) -> Pieces:
         """Read the rows of a batch on the host, and copy them to the device."""
         return {
-            side: [upload(own, self._device) for own in found]
+            side: [upload(own, self.device) for own in found]
             for side, found in self._gather(plan).items()
         }
 
-    def read_ahead(self, plans: Iterator[PlannedBatch]) -> Generator[tuple[PlannedBatch, Pieces]]:
+    def read_ahead(self, plans: Iterator[Planned]) -> Generator[tuple[Planned, Pieces]]:
         """Yield batches with their rows, which a thread reads and sends in blocks.
 
         What fails in the thread is raised here. Closing the iterator ends the thread.
         """
         stream: Any = None
-        if self._device.type == "cuda":
-            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        blocks: Queue[_Block | BaseException] = Queue()
+        if self.device.type == "cuda":
+            stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        blocks: Queue[_Block[Planned] | BaseException] = Queue()
         room, ended = Semaphore(BLOCKS), Event()
 
         def read() -> None:
@@ -158,7 +168,7 @@ class DeviceRows:
                 if isinstance(block, BaseException):
                     raise block
                 if stream is not None:
-                    computing = torch.cuda.current_stream(self._device)
+                    computing = torch.cuda.current_stream(self.device)
                     computing.wait_event(block.arrived)
                     block.memory.record_stream(computing)
                 yield from block.batches
@@ -169,15 +179,15 @@ class DeviceRows:
             room.release()
             thread.join()
 
-    def _gather(self, plan: PlannedBatch) -> dict[Modality, list[Array]]:
+    def _gather(self, plan: Plan) -> dict[Any, list[Array]]:
         return {
             side: [self._arrays[side][array][rows] for array, rows in picked]
             for side, picked in plan.picked.items()
         }
 
-    def _read_block(self, plans: Iterator[PlannedBatch], stream: Any) -> "_Block":
+    def _read_block(self, plans: Iterator[Planned], stream: Any) -> "_Block[Planned]":
         """Read the rows of the next batches, and begin to send them."""
-        read: list[tuple[PlannedBatch, dict[Modality, list[Array]]]] = []
+        read: list[tuple[Planned, dict[Any, list[Array]]]] = []
         size = 0
         while size < BLOCK_BYTES:
             plan = next(plans)
@@ -188,20 +198,20 @@ class DeviceRows:
             packed = torch.empty(size, dtype=torch.uint8, pin_memory=stream is not None)
             for rows, own in zip(_divide(packed, flat), flat, strict=True):
                 rows.numpy()[...] = own
-            sent = packed.to(self._device, non_blocking=stream is not None)
+            sent = packed.to(self.device, non_blocking=stream is not None)
             arrived = None if stream is None else stream.record_event()
         pieces = iter(_divide(sent, flat))
-        batches: list[tuple[PlannedBatch, Pieces]] = [
+        batches: list[tuple[Planned, Pieces]] = [
             (plan, {side: [next(pieces) for _ in found] for side, found in sides.items()})
             for plan, sides in read
         ]
         return _Block(batches, sent, arrived)
 
 
-class _Block(NamedTuple):
+class _Block(NamedTuple, Generic[Planned]):
     """Batches with their rows, which share one memory on the device."""
 
-    batches: list[tuple[PlannedBatch, Pieces]]
+    batches: list[tuple[Planned, Pieces]]
     memory: Tensor
     arrived: Any  # event of CUDA, after which the memory is filled
 

@@ -12,9 +12,8 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,21 +21,14 @@ from torch import nn
 
 from csalign.adapters.model import Adapter
 from csalign.core import distributed, signals
-from csalign.core.devices import free_bytes, pick_device
-from csalign.core.enums import Modality, PairwiseName
-from csalign.core.errors import ConfigError, Stopped, TrainingError, reason_of
+from csalign.core.errors import ConfigError, Stopped, TrainingError
 from csalign.core.progress import show_figures, tick
-from csalign.features.streaming import MIB
-from csalign.training.config import ObjectiveOptions, OptimizerOptions
-from csalign.training.data import StoredTokens, TrainingData
+from csalign.training.config import OptimizerOptions
 from csalign.training.loggers import Line, StepFigures
-from csalign.training.network.batch_loss import BatchLoss, check_terms, compares_sets, uses_unpaired
-from csalign.training.network.device_rows import SHARE
-from csalign.training.network.memory import LEAST_BATCH, largest_batch
-from csalign.training.network.sampler import Batch, BatchLoader, PairSampler
-from csalign.training.network.schedule import PATIENCE, Schedule, Timer, plan
-from csalign.training.network.step import Stepper, prepare_step
-from csalign.training.network.validation import ENOUGH_IMAGES, Score, logit_scale, validate
+from csalign.training.network.batch_loss import BatchLoss
+from csalign.training.network.schedule import PATIENCE, Schedule, Timer
+from csalign.training.network.step import Stepper
+from csalign.training.network.validation import ENOUGH_IMAGES, Score
 
 log = logging.getLogger(__name__)
 
@@ -69,13 +61,47 @@ class Phase(NamedTuple):
 FIRST = Phase()
 
 
+class Loader(Protocol):
+    """Endless iterator over batches, which resumes from any place."""
+
+    def __next__(self) -> Any: ...
+    def reading_ahead(self) -> AbstractContextManager[None]:
+        """Keep the rows on the device in this block, or read them ahead."""
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the place of the next batch."""
+
+    def load_state_dict(self, state: Mapping[str, int], /) -> None:
+        """Continue from the place that `state_dict` returned."""
+
+
+class Validation(NamedTuple):
+    """How an adapter is measured while it is trained, and on how many held-out items."""
+
+    measure: Callable[[Adapter], Score]
+    items: int
+
+
 class Trainer:
     """Trains adapters and keeps the weights that do best on validation.
 
-    Attributes:
+    Args:
+        adapter: of any sides, trained in place.
+        loader: of the batches.
         loss: of a batch.
+        options: of the optimization.
+        schedule: of the steps.
+        device: where the adapter and the loss are.
+        seed: of noise and dropout.
         batch_size: pairs per step, at most.
+        rows: pairs per step if there are fewer.
         scale: of the logits, if it was found automatically.
+        phase: of the training.
+        timer: of the steps.
+        validation: None without one, and outside of the main process.
+
+    Attributes:
+        loss, batch_size, scale: as given.
         schedule: its steps, when to validate, and when to stop.
         step: optimizer steps made; after `fit`, those of the weights that were kept.
         steps_made: optimizer steps made in total.
@@ -88,62 +114,23 @@ class Trainer:
     def __init__(
         self,
         adapter: Adapter,
-        data: TrainingData,
-        tokens: StoredTokens | None,
-        sampler: PairSampler,
-        objective: ObjectiveOptions,
+        loader: Loader,
+        loss: BatchLoss,
         options: OptimizerOptions,
+        schedule: Schedule,
         *,
-        captions: str,
-        device: str,
+        device: torch.device,
         seed: int,
+        batch_size: int,
+        rows: int,
+        scale: float | None = None,
         phase: Phase = FIRST,
         timer: Timer | None = None,
+        validation: Validation | None = None,
     ) -> None:
-        seed += phase.number
-        self.device = pick_device(device)
-        self.adapter = adapter.to(self.device)
-        self._token_features = tokens.features if tokens else None
-        size = options.batch_size
-        if size == "auto":
-            size = phase.batch_size or self._fitting_batch(
-                data, len(sampler), objective, options, captions
-            )
-        self.batch_size, self.scale = size, phase.scale
-        trains = 0 not in (options.steps, phase.steps)
-        is_infonce = objective.pairwise is PairwiseName.INFONCE
-        if trains and is_infonce and objective.logit_scale == "auto":
-            self.scale = phase.scale or distributed.broadcast(
-                lambda: logit_scale(self.adapter, data.val, self._token_features)
-            )
-            objective = objective.model_copy(update={"logit_scale": self.scale})
-        rows = min(size, len(sampler)) if trains else 0
-        check_terms(objective, captions=captions, rows=rows)
-        loss = BatchLoss(
-            objective,
-            precision=options.precision,
-            sub_batch=options.sub_batch,
-            compiled=options.compile and self.device.type == "cuda",
-        )
-        self.loss = loss.to(self.device)
-        unpaired = size * objective.unpaired_ratio * uses_unpaired(objective)
-        self._loader = BatchLoader(
-            data.rows,
-            sampler,
-            size,
-            seed,
-            self.device,
-            data.unpaired,
-            unpaired_rows=round(unpaired),
-            further_captions=compares_sets(objective) and objective.cs_captions == "all",
-            mixing=objective.mixing,
-            tokens=tokens,
-        )
-        given = options.model_dump(include={"epochs", "minutes", "validations", "patience"})
-        given["steps"] = options.steps if phase.steps is None else phase.steps
-        self.schedule = plan(max(1, len(sampler)), size, **given)
-        if phase.last is not None:
-            self.schedule = self.schedule._replace(last=phase.last)
+        self.adapter, self.loss, self.schedule, self.device = adapter, loss, schedule, device
+        self.batch_size, self.scale = batch_size, scale
+        self._loader, self._options, self._seed = loader, options, seed
         self._rows, self._timer = rows, timer or Timer(announces=False)
         self._what = f"{phase.what}: step"
         self.step = self.steps_made = 0
@@ -151,11 +138,8 @@ class Trainer:
         self.best_score: Score | None = None
         self.weights = dict(phase.weights)
         self.can_be_saved = False
-        self._options, self._objective, self._seed = options, objective, seed
-        val = self._val = None if phase.number else data.val
-        self._held_out = distributed.broadcast(
-            lambda: 0 if val is None else int((val.caption_counts > 0).sum())
-        )
+        self._validation = validation
+        self._held_out = distributed.broadcast(lambda: validation.items if validation else 0)
         self._validated: int | None = None
         self._score: Score | None = None  # of the latest validation
         self._figures = StepFigures()  # of the steps since the last flush
@@ -165,26 +149,9 @@ class Trainer:
         self._best: dict[str, Any] | None = None
         self._stopped_by: int | None = None
         if options.compile:
-            for side in Modality:
-                adapter.side(side).compile()
+            for side in adapter.children():
+                side.compile()
         self._stepper = Stepper(self.adapter, self.loss, options, self.device)
-
-    def _fitting_batch(
-        self,
-        data: TrainingData,
-        pairs: int,
-        objective: ObjectiveOptions,
-        options: OptimizerOptions,
-        captions: str,
-    ) -> int:
-        """Find the batch that fits into the memory of the device."""
-        if self._token_features is not None:
-            raise ConfigError("--batch-size auto: cannot be combined with tokens; give a number")
-        texts = data.rows.pairs / max(1, int((data.rows.caption_counts > 0).sum()))
-        common = self.adapter.shapes, objective, options, self.device, texts
-        step = partial(prepare_step, *common, captions=captions)
-        memory = int(SHARE * (1 - SHARE) * free_bytes(self.device))  # beside the embeddings
-        return distributed.broadcast(lambda: _largest_batch(step, pairs, memory))
 
     def fit(self, log_lines: Log) -> Generator[bool, None, None]:
         """Train, and leave the best weights in the adapter.
@@ -317,7 +284,7 @@ class Trainer:
         if best is None:
             return False
         # An automatic weight narrows the gap for as long as recall holds.
-        may_stop = schedule.patience is None and self._objective.cs_weight != "auto"
+        may_stop = schedule.patience is None and self.loss.options.cs_weight != "auto"
         if best.is_perfect and may_stop and self._held_out >= ENOUGH_IMAGES:
             log.info(
                 "validation recall is 100 %% %s, so no step can improve it: stopping (gap %.4f). "
@@ -361,14 +328,14 @@ class Trainer:
         cosine = (1 + math.cos(math.pi * min(1.0, step / total))) / 2
         return min(1.0, (step + 1) / warmup) * cosine
 
-    def _train_step(self, batch: Batch) -> None:
+    def _train_step(self, batch: Any) -> None:
         """Make a step; nothing in it reads the device on the host."""
         self.adapter.train()
         self.step += 1
         # Noise and dropout follow from the seed, so that a resumed run draws the same again.
         place = [self._seed, 2, self.step, distributed.world().rank]
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
-        weight, token_weight = self.loss.weight, self._objective.token_weight
+        weight, token_weight = self.loss.weight, self.loss.options.token_weight
         rate = self._options.learning_rate * self._rate_factor(self.step - 1)
         if distributed.world().size > 1:
             self._stopped_by = distributed.largest(signals.pending() or 0) or None
@@ -423,25 +390,12 @@ class Trainer:
             }
 
     def _measure(self, adapter: Adapter) -> Score:
-        assert self._val is not None
+        assert self._validation is not None
         try:
-            return validate(adapter, self._val, self._token_features)
+            return self._validation.measure(adapter)
         except TrainingError as error:
             raise TrainingError(f"step {self.step}: {error}") from None
 
     def _evaluated_adapter(self) -> Adapter:
         """Return the weights to evaluate and keep: the running average, if there is one."""
         return self._stepper.average or self.adapter
-
-
-def _largest_batch(step: Callable[[int], Any], pairs: int, memory: int) -> int:
-    """Find the largest batch that fits into some bytes; 512 if that cannot be found."""
-    try:
-        found, needed = largest_batch(step, pairs=pairs, memory=memory)
-    except Exception as error:  # adapters of users may need values, and fail in any way
-        text = "--batch-size auto: the memory of a step cannot be found (%s); using %d pairs"
-        log.warning(text, reason_of(error), LEAST_BATCH)
-        return LEAST_BATCH
-    counted = f"{found:,} pairs, a step takes {needed // MIB:,} MiB of {memory // MIB:,}"
-    log.info("--batch-size auto: %s", counted)
-    return found

@@ -1,9 +1,7 @@
 """Pairs of an epoch in random order, and batches of them as tensors."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -21,14 +19,8 @@ from csalign.features.tokens import PaddedTokens, Wanted, take_together
 from csalign.objective.pairwise import mix_pairs
 from csalign.training.config import DataOptions
 from csalign.training.data import StoredTokens, Unpaired
-from csalign.training.network.device_rows import (
-    DeviceRows,
-    Picked,
-    Pieces,
-    PlannedBatch,
-    upload,
-    upload_numbers,
-)
+from csalign.training.network.device_rows import Picked, Pieces, PlannedBatch, upload
+from csalign.training.network.loader import EpochLoader
 
 WINDOW_BYTES = 256 * MIB  # of embeddings that are shuffled together
 BLOCK_BYTES = MIB  # of embeddings that are stored together and come into one window
@@ -268,12 +260,8 @@ class Batch(NamedTuple):
 
 
 @dataclass
-class BatchLoader:
-    """Endless iterator over the batches of epoch after epoch.
-
-    All random numbers follow from the seed, the epoch and the number of the batch in it, so that
-    iterating resumes from any place exactly.
-    """
+class BatchLoader(EpochLoader[BatchRows, PlannedBatch, Batch]):
+    """Loader of images and texts."""
 
     rows: Pairs
     sampler: PairSampler
@@ -294,55 +282,16 @@ class BatchLoader:
             side: [self.rows.embeddings(side), *(part.values for part in pool[side])]
             for side in Modality
         }
-        self._device_rows = DeviceRows(arrays, self.device)
-        self.load_state_dict({"epoch": 0, "batch": 0})
+        self.open(arrays, self.device)
 
-    def __iter__(self) -> "BatchLoader":
-        return self
+    def epoch(self, rng: np.random.Generator) -> Iterator[BatchRows]:
+        """See `EpochLoader.epoch`."""
+        return self.sampler.epoch(self.batch_size, rng)
 
-    def __next__(self) -> Batch:
-        planned, pieces = next(self._planned)
-        self._place = planned.place
-        return self._tensors(planned, pieces)
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the place of the next batch."""
-        return dict(self._place)
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue from the place that `state_dict` returned."""
-        self._place = dict(state)
-        self._planned: Generator[tuple[PlannedBatch, Pieces | None]] = (
-            (planned, None) for planned in self._plan_all(self._place)
-        )
-
-    @contextmanager
-    def reading_ahead(self) -> Iterator[None]:
-        """Keep the rows on the device in this block if they fit, else read them ahead."""
-        self._device_rows.keep()
-        if not self._device_rows.kept:
-            self._planned = self._device_rows.read_ahead(self._plan_all(self._place))
-        try:
-            yield
-        finally:
-            self._planned.close()
-            self._device_rows.release()
-            self.load_state_dict(self._place)
-
-    def _plan_all(self, place: Mapping[str, int]) -> Iterator[PlannedBatch]:
-        """Yield batches from a place on."""
-        epoch, batch = place["epoch"], place["batch"]
-        while True:
-            rng = np.random.default_rng([self.seed, 0, epoch])
-            for rows in islice(self.sampler.epoch(self.batch_size, rng), batch, None):
-                batch += 1
-                own = np.random.default_rng([self.seed, 1, epoch, batch])
-                yield self._plan(rows, {"epoch": epoch, "batch": batch}, own)
-            epoch, batch = epoch + 1, 0
-
-    def _plan(
+    def plan(
         self, rows: BatchRows, place: dict[str, int], rng: np.random.Generator
     ) -> PlannedBatch:
+        """See `EpochLoader.plan`."""
         has_other = np.flatnonzero(rows.others >= 0) if rows.others is not None else rows.texts[:0]
         if len(has_other) < 2:  # the pairwise loss needs a negative
             has_other = has_other[:0]
@@ -379,21 +328,12 @@ class BatchLoader:
         picked = [Picked(0, stored[part]), *(Picked(n + 1, own) for n, own in located)]
         return [own for own in picked if len(own.rows)]
 
-    def _tensors(self, planned: PlannedBatch, pieces: Pieces | None) -> Batch:
-        """Make the tensors of a batch, of rows that were read already or of those on the device.
-
-        With mixing, each pair is mixed with another.
-        """
-        source, device = self._device_rows, self.device
-        takes = pieces is None and bool(source.kept)
-        chosen = [own.rows for side in planned.picked.values() for own in side] if takes else []
+    def tensors(self, planned: PlannedBatch, pieces: Pieces | None) -> Batch:
+        """See `EpochLoader.tensors`; with mixing, each pair is mixed with another."""
+        device = self.device
         owner = planned.others[:0] if planned.owner is None else planned.owner
-        numbers = [owner, planned.others, *planned.token_pairs, planned.partner, *chosen]
-        owners, others, x, y, partner, *rows = upload_numbers(numbers, device)
-        if pieces is None:
-            pieces = source.take(planned, rows) if takes else source.read(planned)
-        found = {side: [own.float() for own in pieces[side]] for side in Modality}
-        joined = {side: own[0] if len(own) == 1 else torch.cat(own) for side, own in found.items()}
+        numbers = [owner, planned.others, *planned.token_pairs, planned.partner]
+        joined, (owners, others, x, y, partner) = self.rows_of(planned, pieces, numbers)
         if self.mixing:
             pairs = len(partner)
             units = [normalize(own[:pairs], dim=1) for own in joined.values()]

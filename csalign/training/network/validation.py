@@ -107,6 +107,11 @@ def logit_scale(adapter: Adapter, rows: Pairs | None, features: FeatureSet | Non
     with reported_to(silent):  # as in `measure`
         x, y = (embed_rows(adapter, side, rows, features) for side in Modality)
     x, y = x[images], y[rows.texts_by_image[firsts[images]]]
+    return scale_of(x, y)
+
+
+def scale_of(x: Floats, y: Floats) -> float:
+    """Find the scale of logits from unit rows (n, k) of pairs in order; see `logit_scale`."""
     cosines, right = torch.from_numpy(x @ y.T), torch.arange(len(x))
     losses = [
         cross_entropy(scale * cosines, right) + cross_entropy(scale * cosines.T, right)

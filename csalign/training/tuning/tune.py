@@ -28,6 +28,7 @@ from csalign.core import __version__, atomic, locks, outputs, signals
 from csalign.core.arrays import Doubles
 from csalign.core.enums import Modality
 from csalign.core.errors import (
+    ConfigError,
     CsalignError,
     DataError,
     OutputError,
@@ -39,6 +40,7 @@ from csalign.core.progress import Progress, duration, reported_to, silent, tick,
 from csalign.core.records import read_object
 from csalign.core.results import Trial, TuneResult
 from csalign.features.join import PairedRows
+from csalign.features.reader import FeatureSet
 from csalign.metrics.bootstrap import Place, Resamples, resample
 from csalign.metrics.retrieval import rank_both_ways
 from csalign.objective.divergences import cs_divergence
@@ -46,8 +48,9 @@ from csalign.runs.load import embed_rows
 from csalign.training.config import DataOptions, TrainConfig, TuneConfig
 from csalign.training.data import TrainingData, load_data
 from csalign.training.network.schedule import VALIDATIONS
-from csalign.training.phases import Work, find_tokens
+from csalign.training.sides.train import several_sides
 from csalign.training.tuning.search_space import SearchSpace, search_space
+from csalign.training.work import Work, find_tokens
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +90,11 @@ def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
     began = time.monotonic()
     _check_folder(config.out, config.features)
     base = config.base()
+    if (sides := several_sides(base, FeatureSet.open(base.features))) is not None:
+        raise ConfigError(
+            f"{base.features}: tune searches settings of images and texts, and the sides are "
+            f"{', '.join(sides)}; name two with --sides image,text, or use csalign train"
+        )
     data, val = _load(base)
     space = search_space(config, data.rows)
     paths = {"out", "overwrite", "features", "memory", "pictures", "umap"}

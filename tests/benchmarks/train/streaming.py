@@ -45,8 +45,8 @@ from csalign.features.schema import (
 from csalign.features.writer import Rows, ShardWriter
 from csalign.training.config import DataOptions, TrainConfig
 from csalign.training.data import load_data
-from csalign.training.phases import Work
 from csalign.training.train import train
+from csalign.training.work import Work
 
 WIDTH = 512
 SHARD_ROWS = 250_000

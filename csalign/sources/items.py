@@ -1,0 +1,447 @@
+"""Items: which rows of any number of sides belong together, by a table or by a common key."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from csalign.core.arrays import Ints, Mask
+from csalign.core.config import did_you_mean
+from csalign.core.errors import DataError
+from csalign.core.figures import counted
+from csalign.sources.arrays.naming import (
+    IMAGE_IDS,
+    ITEM_IDS,
+    ITEMS,
+    TEXT_IDS,
+    first_of,
+    is_key,
+    plain_name,
+)
+from csalign.sources.image_rows import row_numbers
+from csalign.sources.keys import EXACT, Keys, examples, match, trimmed
+from csalign.sources.labels import Labels, check_no_null, first_repeated
+from csalign.sources.pairing import ORDER
+
+BY_ROW = "row number from 0"
+_OWN_IDS = {"image": IMAGE_IDS, "text": TEXT_IDS}
+_FORMS = ("without spaces", "as numbers")  # of keys that two files may write differently
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SideKeys:
+    """The names of the rows of one side, (n,)."""
+
+    name: str
+    labels: Labels
+    ids: pa.Array  # (n,) large_string, unique
+    key: str | None  # column that the ids are; None if they are row numbers
+    known: pa.Array | None = None  # (n,) items of a side of a set on disk, null for none
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the side is imported, rather than of a set on disk."""
+        return self.known is None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Items:
+    """The item of each row of each side."""
+
+    keys: Mapping[str, pa.Array]  # by side, (n,) large_string, null for none
+    how: str  # they were found, for people
+    lines: tuple[Labels, pa.Array] | None = None  # the table of items, and the item of each line
+    captions: Mapping[str, pa.Array] = field(default_factory=dict)  # by side, (n,), of the table
+
+
+def describe_side(name: str, labels: Labels) -> SideKeys:
+    """Find the ids of a side's rows: ``NAME_id``, ``id`` and the like, else row numbers.
+
+    Raises:
+        DataError: an id is missing or repeats.
+    """
+    plain = plain_name(name)
+    own = _OWN_IDS.get(name, (f"{plain}_id", f"{plain}_ids", f"{plain}_key"))
+    key = first_of((*own, *ITEM_IDS), labels.names)
+    if key is None:
+        return SideKeys(name, labels, row_numbers(labels.rows), None)
+    ids = check_no_null(labels, key, key)
+    if (repeated := first_repeated(ids)) is not None:
+        row, first = map(labels.where, repeated)
+        raise DataError(
+            f"{row}: duplicate {key} {ids[repeated[0]].as_py()!r:.200}, also in {first}; the ids "
+            f"of {name} name its rows; rename the column to item if it names items, which may have "
+            "several rows"
+        )
+    return SideKeys(name, labels, ids, key)
+
+
+def join_items(sides: Sequence[SideKeys], table: Labels | None, by: str | None) -> Items:
+    """Find the items that the rows of some sides belong to.
+
+    Args:
+        sides: new ones, and those of a set that they are added to.
+        table: with a column per side, of ids or row numbers, empty for none; or with the columns
+            ``side``, ``id`` (or ``row``) and ``item``.
+        by: the column whose equal values are one item, or "order"; None for the likeliest one.
+
+    Raises:
+        DataError: a name in the table is unknown, a row would belong to two items, columns are
+            missing, or nothing says which rows belong together.
+    """
+    if table is not None:
+        return _by_table(sides, table)
+    for name in _candidates(sides) if by is None else [] if by == ORDER else [by]:
+        found = {side.name: own for side in sides if (own := _values(side, name)) is not None}
+        if all(side.name in found for side in sides if side.is_new) and len(found) > 1:
+            return _by_values(sides, found, name)
+    listed = "; ".join(
+        f"{own.name}: {', '.join(own.labels.names) or 'none'}" for own in sides if own.is_new
+    )
+    if by not in (None, ORDER):
+        raise DataError(
+            f"--pair-by {by}: is not a column of every side (columns of {listed}); correct it, or "
+            "give the items with --pairs TABLE"
+        )
+    return _by_order(sides, by, listed)
+
+
+def _blank(cells: pa.Array) -> pa.Array:
+    """Remove spaces around cells, and cells of nothing else."""
+    plain = pc.utf8_trim_whitespace(cells.cast(pa.large_string()))
+    return pc.if_else(pc.equal(plain, ""), pa.scalar(None, plain.type), plain)
+
+
+def _by_table(sides: Sequence[SideKeys], table: Labels) -> Items:
+    by_name = {plain_name(side.name): side for side in sides}
+    is_long = first_of(("side",), table.names) is not None
+    cells, used = (_long_cells if is_long else _wide_cells)(by_name, table)
+    if missing := next((own.name for own in sides if own.is_new and own.name not in cells), None):
+        raise DataError(
+            f"{table.name}: names no rows of {missing} (columns: {', '.join(table.names)})"
+            f"{did_you_mean(missing, table.names)}; add "
+            + (f"lines of side {missing}" if is_long else f"a column {missing}")
+        )
+    read = {name: _find_rows(table, by_name[plain_name(name)], *cells[name]) for name in cells}
+    rows = {name: found for name, (found, _) in read.items()}
+    item, captions, split = (
+        first_of(own, table.names) for own in (ITEMS, ("caption",), ("split",))
+    )
+    captioned = {*rows} if is_long else {*rows} & {"text"}
+    used |= {item, split, captions if captioned else None}
+    if unread := [name for name in table.names if name not in used]:
+        log.warning(
+            "%s: not read: %s; columns are named like the sides: %s",
+            *(table.name, ", ".join(unread), ", ".join(side.name for side in sides)),
+        )
+    keys, how = _line_keys(sides, table, rows, item)
+    found, texts = {}, {}
+    for side in sides:
+        line_of = _line_of(table, side, rows.get(side.name, np.empty(0, np.int64)), keys)
+        of_rows = pa.array(line_of, mask=line_of < 0)
+        found[side.name] = keys.take(of_rows) if side.known is None else side.known
+        if captions is not None and side.name in captioned:
+            texts[side.name] = table.column(captions).take(of_rows)
+    groups = dict[str, list[str]]()
+    for name, (_, by) in read.items():
+        groups.setdefault(by, []).append(name)
+    named = ", ".join(f"{' + '.join(own)} by {by}" for by, own in groups.items())
+    return Items(found, f"{table.name} ({named}{how})", (table, keys), texts)
+
+
+def _wide_cells(
+    sides: Mapping[str, SideKeys], table: Labels
+) -> tuple[dict[str, tuple[pa.Array, bool]], set[str | None]]:
+    """Return the cells that name rows by side, with whether they are row numbers; and columns."""
+    found, used = {}, set[str | None]()
+    for plain, side in sides.items():
+        names = (plain, f"{plain}_id", f"{plain}_row")
+        there = [name for name in table.names if plain_name(name) in names]
+        if len(there) > 1:
+            raise DataError(
+                f"{table.name}: columns {' and '.join(there)} both name rows of {side.name}; "
+                "remove one"
+            )
+        if there:
+            found[side.name] = _blank(table.column(there[0])), plain_name(there[0]) == names[2]
+            used.add(there[0])
+    return found, used
+
+
+def _long_cells(
+    sides: Mapping[str, SideKeys], table: Labels
+) -> tuple[dict[str, tuple[pa.Array, bool]], set[str | None]]:
+    """Return the same of a table with a line per row of any side."""
+    side, item = (first_of(names, table.names) for names in (("side",), ITEMS))
+    ids, row = (first_of((name,), table.names) for name in ("id", "row"))
+    if item is None or (ids is None) == (row is None):
+        raise DataError(
+            f"{table.name}: has a column side, and then needs item, and id or row "
+            f"(columns: {', '.join(table.names)}); add what is missing, or remove one"
+        )
+    named = pc.fill_null(_blank(table.column(str(side))), "")
+    codes = named.dictionary_encode()
+    by_code = [sides.get(plain_name(name)) for name in codes.dictionary.to_pylist()]
+    for code, own in enumerate(by_code):
+        if own is None:
+            line = codes.indices.index(code).as_py()
+            names = ", ".join(own.name for own in sides.values())
+            raise DataError(
+                f"{table.where(line)}: side {named[line].as_py()!r:.80} is not one of {names}; "
+                "correct it, or import that side too"
+            )
+    cells, found = _blank(table.column(str(ids or row))), {}
+    for name in dict.fromkeys(side.name for side in by_code if side is not None):
+        codes_of = [code for code, side in enumerate(by_code) if side and side.name == name]
+        is_own = pc.is_in(codes.indices, value_set=pa.array(codes_of, codes.indices.type))
+        found[name] = pc.if_else(is_own, cells, pa.scalar(None, cells.type)), ids is None
+    return found, {side, ids, row}
+
+
+def _find_rows(table: Labels, side: SideKeys, cells: pa.Array, by_row: bool) -> tuple[Ints, str]:
+    """Return the row of the side that each line names, -1 for none, and by what.
+
+    Raises:
+        DataError: a name is unknown.
+    """
+    if not by_row:
+        others = [name for name in side.labels.names if name != side.key and is_key(name)]
+        for name in [*([side.key] if side.key else []), *others]:
+            values = side.ids if name == side.key else side.labels.column(name)
+            if values.null_count == len(values) or first_repeated(values) is not None:
+                continue
+            found = match(Keys(cells), Keys(values))
+            is_same = name == side.key or found.form in EXACT or not found.form
+            if found.is_complete and is_same and (found.found or name == side.key):
+                return found.rows, found.worded(name)
+    if side.key is not None and not by_row:
+        found = match(Keys(cells), Keys(side.ids))
+        line = int(found.missing[0])
+        raise DataError(
+            f"{table.where(line)}: {side.name} {cells[line].as_py()!r:.200} is not in "
+            f"{side.labels.name} ({len(found.missing):,} of {len(cells) - cells.null_count:,} "
+            f"names are not; its {side.key} are {examples(side.ids)}, ...); correct the cells, or "
+            "leave them empty"
+        )
+    cells = trimmed(cells)
+    is_number = pc.fill_null(pc.match_substring_regex(cells, r"^\d{1,15}(\.0*)?$"), True)
+    numbers = pc.replace_substring_regex(
+        pc.if_else(is_number, cells, pa.scalar(None, cells.type)), r"\..*$", ""
+    ).cast(pa.int64())
+    rows = pc.fill_null(numbers, -1).to_numpy(zero_copy_only=False)
+    is_wrong = ~is_number.to_numpy(zero_copy_only=False) | (rows >= len(side))
+    if is_wrong.any():
+        line = int(np.flatnonzero(is_wrong)[0])
+        what = "" if by_row else f"{side.labels.name} has no ids, so that "
+        raise DataError(
+            f"{table.where(line)}: {side.name} {cells[line].as_py()!r:.200} ({is_wrong.sum():,} "
+            f"such cells): {what}cells are row numbers from 0 to {len(side) - 1}; correct them, or "
+            "store ids with the embeddings, as a .parquet with a column id does"
+        )
+    return rows, BY_ROW
+
+
+def _line_keys(
+    sides: Sequence[SideKeys], table: Labels, rows: Mapping[str, Ints], item: str | None
+) -> tuple[pa.Array, str]:
+    """Return the key of each line's item, and how it was found if no column says it."""
+    is_used = np.any([found >= 0 for found in rows.values()], axis=0)
+    if blank := int((~is_used).sum()):
+        log.warning("%s: %s without a row of any side", table.name, counted(blank, "line"))
+    given = None if item is None else _blank(table.column(item))
+    if given is not None and (lines := np.flatnonzero(is_used & ~_is_known(given))).size:
+        raise DataError(f"{table.where(int(lines[0]))}: has no {item}; give one to every line")
+    if old := [side for side in sides if side.known is not None]:
+        return _line_keys_of_set(old, table, rows, given), ""
+    if given is not None:
+        return given, ""
+    numbers = row_numbers(table.rows)
+    repeats = {
+        name: int((found >= 0).sum()) - len(np.unique(found[found >= 0]))
+        for name, found in rows.items()
+    }
+    if not any(repeats.values()):
+        return numbers, ""
+    often = max(repeats, key=lambda name: repeats[name])
+    ids = next(side.ids for side in sides if side.name == often)
+    found = rows[often]
+    keys = pc.coalesce(ids.take(pa.array(found, mask=found < 0)), _apart(numbers, ids))
+    return keys, f", lines of one {often} as one item"
+
+
+def _line_keys_of_set(
+    old: Sequence[SideKeys], table: Labels, rows: Mapping[str, Ints], given: pa.Array | None
+) -> pa.Array:
+    """Return the items of lines that name rows, or items, of a set on disk."""
+    known = pa.chunked_array([side.known for side in old]).unique().drop_null()
+    keys = pa.nulls(table.rows, pa.large_string())
+    if given is not None:
+        values, _ = _alike([given, known])
+        keys = pc.coalesce(known.take(pc.index_in(values[0], value_set=values[1])), given)
+    for side in old:
+        found = rows.get(side.name, np.full(table.rows, -1))
+        own = pc.take(side.known, pa.array(found, mask=found < 0))
+        alone = np.flatnonzero((found >= 0) & ~_is_known(own))
+        other = pc.not_equal(own, keys).index(True).as_py()
+        if len(alone) or other >= 0:
+            line = int(alone[0]) if len(alone) else other
+            name = f"{side.name} {side.ids[int(found[line])].as_py()!r:.200}"
+            raise DataError(
+                f"{table.where(line)}: {name} belongs to no item of the set, and --add changes "
+                "none of its files; leave the line out, or import all sides again"
+                if len(alone)
+                else f"{table.where(line)}: {name} is of item {own[line].as_py()!r:.200}, and the "
+                f"rest of the line of item {keys[line].as_py()!r:.200}; correct the line"
+            )
+        keys = pc.coalesce(keys, own)
+    return pc.coalesce(keys, _apart(row_numbers(table.rows), known))
+
+
+def _is_known(values: pa.Array) -> Mask:
+    known: Mask = values.is_valid().to_numpy(zero_copy_only=False)
+    return known
+
+
+def _apart(numbers: pa.Array, taken: pa.Array) -> pa.Array:
+    """Return keys of lines of which none is taken."""
+    prefix = "line "
+    while True:
+        found = pc.replace_substring_regex(numbers, "^", prefix)
+        if not pc.any(pc.is_in(found, value_set=taken)).as_py():
+            return found
+        prefix = f"new {prefix}"
+
+
+def _line_of(table: Labels, side: SideKeys, rows: Ints, keys: pa.Array) -> Ints:
+    """Return the first line that names each row of a side, (n,), -1 for none.
+
+    Raises:
+        DataError: lines of two items name it.
+    """
+    lines = np.flatnonzero(rows >= 0)
+    found = np.full(len(side), -1)
+    found[rows[lines[::-1]]] = lines[::-1]
+    codes = keys.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    apart = lines[codes[lines] != codes[found[rows[lines]]]]
+    if len(apart):
+        line, row = int(apart[0]), int(rows[apart[0]])
+        first = int(found[row])
+        raise DataError(
+            f"{table.where(line)}: {side.name} {side.ids[row].as_py()!r:.200} is of item "
+            f"{keys[line].as_py()!r:.200}, and in {table.where(first)} of item "
+            f"{keys[first].as_py()!r:.200}; a row belongs to one item: correct the table, or give "
+            "such lines one item in a column item"
+        )
+    return found
+
+
+def _candidates(sides: Sequence[SideKeys]) -> Iterator[str]:
+    """Yield the columns that may join the sides, the likeliest first."""
+    names = [[plain_name(name) for name in own.labels.names] for own in sides if own.is_new]
+    if any(item in own for own in names for item in ITEMS):
+        yield "item"
+    there = {name for own in names for name in own}
+    yield from (own for side in sides if (own := f"{plain_name(side.name)}_id") in there)
+    common = [name for name in dict.fromkeys(names[0]) if all(name in own for own in names)]
+    yield from (name for name in ITEM_IDS if name in common)
+    yield from (name for name in common if name not in ITEM_IDS and is_key(name))
+
+
+def _values(side: SideKeys, name: str) -> tuple[pa.Array, pa.Array | None] | None:
+    """Return the values of a side's rows by which sides are joined, and known items of them."""
+    plain, own = plain_name(name), f"{plain_name(side.name)}_id"
+    if side.known is not None:
+        is_id = plain == own or plain in ITEM_IDS
+        values = side.known if plain in ITEMS else side.ids if is_id else None
+        return None if values is None else (values, side.known)
+    there = first_of(ITEMS if plain in ITEMS else (plain,), side.labels.names)
+    if there is None and plain in ITEMS:  # as in feature sets of images and texts alone
+        if side.name == "image" and side.key is not None:
+            return side.ids, None
+        there = first_of(("image_id",), side.labels.names) if side.name == "text" else None
+    if there is None:
+        return (side.ids, None) if plain == own and side.key is not None else None
+    return _blank(side.labels.column(there)), None
+
+
+def _alike(columns: Sequence[pa.Array]) -> tuple[list[pa.Array], str]:
+    """Spell equal keys alike where columns write them as different numbers, as 7 and "007"."""
+    keys = [Keys(column) for column in columns]
+    numbers = [own.form("as numbers") for own in keys]
+    if all(own is not None for own in numbers) and all(
+        own.keep_apart("as numbers") for own in keys
+    ):
+        plain, changed = (
+            pc.count_distinct(pa.chunked_array(own)).as_py() for own in (columns, numbers)
+        )
+        if changed < plain:
+            return numbers, "as numbers"
+    return [*columns], ""
+
+
+def _by_values(
+    sides: Sequence[SideKeys], found: Mapping[str, tuple[pa.Array, pa.Array | None]], name: str
+) -> Items:
+    """Make the rows of equal values one item."""
+    values, form = _alike([own for own, _ in found.values()])
+    keys = dict(zip(found, values, strict=True))
+    plain = plain_name(name)
+    owner = next((side for side in sides if plain == f"{plain_name(side.name)}_id"), None)
+    if owner is not None and owner.name in keys:  # the others refer to its rows
+        known = keys[owner.name]
+        for side in sides:
+            own = keys.get(side.name, known)
+            is_lacking = pc.and_(own.is_valid(), pc.invert(pc.is_in(own, value_set=known)))
+            if (row := is_lacking.index(True).as_py()) >= 0:
+                raise DataError(
+                    f"{side.labels.where(row)}: {name} {own[row].as_py()!r:.200} is not in "
+                    f"{owner.labels.name} ({pc.sum(is_lacking).as_py():,} such rows; there are "
+                    f"{examples(known)}, ...); correct it, or leave it empty"
+                )
+    old = [side for side in sides if side.known is not None and side.name in keys]
+    if old:
+        old = old[:1] if plain in ITEM_IDS else old
+        spelled, of_set = (
+            pa.chunked_array(own).combine_chunks()
+            for own in ([keys[side.name] for side in old], [side.known for side in old])
+        )
+        for side in sides:
+            if side.is_new:
+                places = pc.index_in(keys[side.name], value_set=spelled, skip_nulls=True)
+                otherwise = (
+                    keys[side.name] if plain in ITEMS else pa.scalar(None, pa.large_string())
+                )
+                keys[side.name] = pc.coalesce(of_set.take(places), otherwise)
+    for side in sides:
+        if side.known is not None:
+            keys[side.name] = side.known
+    of_side = f" of {old[0].name}" if old and plain in ITEM_IDS else ""
+    return Items(keys, ", ".join(filter(None, [name + of_side, form])))
+
+
+def _by_order(sides: Sequence[SideKeys], by: str | None, listed: str) -> Items:
+    """Make row i of all sides one item."""
+    new = [side for side in sides if side.is_new]
+    old = [side for side in sides if side.known is not None and len(side) == len(new[0])]
+    counts = {len(side) for side in new}
+    has_keys = all(any(map(is_key, side.labels.names)) for side in new)
+    is_added = len(new) < len(sides)
+    if len(counts) > 1 or (has_keys and by is None) or (is_added and (by is None or not old)):
+        rows = ", ".join(f"{side.name} {len(side):,}" for side in sides)
+        raise DataError(
+            f"no column joins the sides (rows: {rows}; columns of {listed}); give their items with "
+            "--pairs TABLE, name a column that all have with --pair-by"
+            + (", or join row by row with --pair-by order" if len(counts) == 1 else "")
+        )
+    known = old[0].known if is_added else row_numbers(len(new[0]))
+    how = f"row order of {old[0].name}" if is_added else "row order"
+    keys = {side.name: known if side.is_new else side.known for side in sides}
+    return Items(keys, how if by == ORDER else f"{how} (a guess, as counts are equal)")
