@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations, permutations
 from pathlib import Path
@@ -181,7 +181,8 @@ class SidedEvaluation:
     def _ranked(self) -> dict[str, Any]:
         """Build the blocks "matrix", "mean_recall" and "subsets"."""
         summaries = {place: own.summary() for place, own in self.ranks.items()}
-        found = {"matrix": {}, "mean_recall": 0.0, "subsets": {}} | nested(summaries)
+        found: dict[str, Any] = {"matrix": {}, "mean_recall": 0.0, "subsets": {}}
+        found |= nested(summaries)
         cells = [own for place, own in self.ranks.items() if place[0] == "matrix"]
         found["mean_recall"] = mean_of_recalls(cells)
         for target, subsets in self.subsets(self.ranks).items():
@@ -280,19 +281,18 @@ def measure_sides(config: SourceOptions, options: MeasureOptions) -> SidedEvalua
             check_aligned(values, ids, place, config.adapter)
         points[str(name)] = Points(values, own.items)
     device = pick_device(config.device)
-    return SidedEvaluation(
+    evaluation = SidedEvaluation(
         *(features, split, rows, points, options),
         device if device.type == "cuda" else torch.device("cpu"),
-        **(
-            {
-                "adapter": config.adapter,
-                "weights_sha256": info.weights_sha256,
-                "parameters": sum(adapter.parameter_counts().values()),
-                "is_trained": is_trained_on(features, info, split),
-            }
-            if adapter and info
-            else {}
-        ),
+    )
+    if adapter is None or info is None:
+        return evaluation
+    return replace(
+        evaluation,
+        adapter=config.adapter,
+        weights_sha256=info.weights_sha256,
+        parameters=sum(adapter.parameter_counts().values()),
+        is_trained=is_trained_on(features, info, split),
     )
 
 
