@@ -159,6 +159,22 @@ def test_sides_without_rows_in_a_split_are_left_out(
         csalign.evaluate(features, split="nowhere")
 
 
+def test_sides_that_share_few_items_or_none(
+    tmp_path: Path, write_sided: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    few, none = (
+        write_sided(tmp_path / name, ("image", "audio", "video"), shared=shared)
+        for name, shared in (("few", 5), ("none", 0))
+    )
+
+    found = csalign.evaluate(few, split="all", resamples=100)
+
+    assert "have two sides or more, so recalls are uncertain" in caplog.text
+    json.dumps(found, allow_nan=False)
+    with pytest.raises(DataError, match="no item has rows of two of image, audio, video"):
+        csalign.evaluate(none, split="all")
+
+
 def test_two_sides_of_images_and_texts_take_the_path_of_two(
     tmp_path: Path, write_sided: Write
 ) -> None:
