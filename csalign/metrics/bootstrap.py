@@ -308,8 +308,11 @@ class GapSums:
         owners = items[0][pairs[0]]
         distances = pair_distances(x, y, (matched[0], matched[1])).numpy()
         counts = np.stack([units.total(rows) for rows in (*items, owners)], axis=1)
-        sums = (_summed(*own, units.count) for own in zip((images, texts), items, strict=True))
-        return cls(*sums, counts, units.total(owners, distances))
+        sum_x, sum_y = (
+            _summed(rows, own, units.count)
+            for rows, own in zip((images, texts), items, strict=True)
+        )
+        return cls(sum_x, sum_y, counts, units.total(owners, distances))
 
     def figures(self, weights: Ints) -> dict[Place, Doubles]:
         """Compute each figure on each resample, from weights (resamples, units).

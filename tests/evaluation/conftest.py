@@ -31,8 +31,12 @@ def write_sided() -> Callable[..., Path]:
         widths: dict[str, int] | None = None,
         turned: bool = False,
         only_train: Sequence[str] = (),
+        shared: int = ITEMS,
     ) -> Path:
-        """Write rows that depend on the names alone; `turned` turns the order of sides and rows."""
+        """Write rows that depend on the names alone; `turned` turns the order of sides and rows.
+
+        Items from number `shared` on are others on each side.
+        """
         hidden = np.random.default_rng(1).normal(size=(ITEMS, WIDTH))
         wide = {side: (widths or {}).get(side, WIDTH) for side in sides}
         encoders = {side: EncoderInfo(spec="x", width=wide[side]) for side in sides}
@@ -47,7 +51,10 @@ def write_sided() -> Callable[..., Path]:
                 order = np.arange(len(items))[:: -1 if turned else 1]
                 columns: dict[str, Any] = {
                     "id": [f"{side}-{row}" for row in order],
-                    "item": [f"item-{item:03}" for item in items[order]],
+                    "item": [
+                        f"item-{item:03}" if item < shared else f"{side}-{item}"
+                        for item in items[order]
+                    ],
                     "split": [
                         "test" if item % 2 and side not in only_train else "train"
                         for item in items[order]

@@ -80,6 +80,9 @@ def prompts(tmp_path: Path) -> Path:
     return out
 
 
+OF_SIDES = ("sides", "matrix.", "mean_recall", "subsets.", "effective_rank.")
+
+
 def config_of(animals: Path, **options: Any) -> EvalConfig:
     values = {"features": animals, "resamples": 100, **options}
     return EvalConfig.resolve(None, values)
@@ -110,7 +113,7 @@ def test_every_figure_of_the_document_is_explained_and_nothing_else(
 
     assert json.loads(json.dumps(document)) == document
     corrections = {"corrected.csls", "corrected.inverted-softmax", "corrected.centre"}
-    rare = ("gap.standard_errors", "twins", "fitted_on")
+    rare = ("gap.standard_errors", "twins", "fitted_on", *OF_SIDES)
     elsewhere = {key for key in EXPLANATIONS if key.startswith(rare)}
     assert set(explained) == set(EXPLANATIONS) - elsewhere - OF_GENERATED | corrections
     assert all(text["formula"] for text in explained.values())

@@ -16,6 +16,7 @@ from csalign.evaluation.sides.measure import subsets_of
 from csalign.features.checks import scaled
 from csalign.features.reader import FeatureSet
 from csalign.features.sides import load_sides
+from csalign.metrics.explain import EXPLANATIONS
 
 Write = Callable[..., Path]
 
@@ -73,6 +74,8 @@ def test_the_document_has_all_directions_and_subsets(tmp_path: Path, write_sided
     low, high = found["intervals"]["subsets"]["text"]["audio+image"]["gain"]
     assert low <= block["gain"] <= high
     json.dumps(found, allow_nan=False)
+    of_sides = ("sides", "matrix.", "mean_recall", "subsets.", "effective_rank.")
+    assert {key for key in EXPLANATIONS if key.startswith(of_sides)} <= {*found["explanations"]}
     assert found["explanations"]["subsets.*.gain"]["name"] == "gain"
     assert found["explanations"]["gap.rmg"]["name"] == "RMG"
 
@@ -154,6 +157,22 @@ def test_sides_without_rows_in_a_split_are_left_out(
         csalign.evaluate(features, sides="audio,text")
     with pytest.raises(DataError, match="has no rows"):
         csalign.evaluate(features, split="nowhere")
+
+
+def test_sides_that_share_few_items_or_none(
+    tmp_path: Path, write_sided: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    few, none = (
+        write_sided(tmp_path / name, ("image", "audio", "video"), shared=shared)
+        for name, shared in (("few", 5), ("none", 0))
+    )
+
+    found = csalign.evaluate(few, split="all", resamples=100)
+
+    assert "have two sides or more, so recalls are uncertain" in caplog.text
+    json.dumps(found, allow_nan=False)
+    with pytest.raises(DataError, match="no item has rows of two of image, audio, video"):
+        csalign.evaluate(none, split="all")
 
 
 def test_two_sides_of_images_and_texts_take_the_path_of_two(

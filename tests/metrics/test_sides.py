@@ -236,7 +236,9 @@ def test_intervals_of_two_sides_are_todays() -> None:
     x, owners = unit(rng.normal(size=(COUNT, 8))), np.repeat(np.arange(COUNT), 2)
     y = unit(x[owners] + 0.5 * rng.normal(size=(2 * COUNT, 8)))
     sides = {"image": Points(x, np.arange(COUNT)), "text": Points(y, owners)}
-    matrix = {("matrix", a, b): rank_rows(sides[a], sides[b]) for a, b in permutations(sides, 2)}
+    matrix: dict[Place, FirstRanks] = {
+        ("matrix", a, b): rank_rows(sides[a], sides[b]) for a, b in permutations(sides, 2)
+    }
 
     old = resample(rank_both_ways(x, y, owners), x, y, owners, resamples=200, seed=5)
     new = resample_sides(sides, COUNT, matrix, pairs_of(sides), resamples=200, seed=5)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations, permutations
 from pathlib import Path
@@ -16,12 +16,13 @@ from csalign.core.config import Config
 from csalign.core.devices import pick_device
 from csalign.core.enums import AnySide, Modality
 from csalign.core.errors import ConfigError, DataError, OutputError, ShapeError
+from csalign.core.figures import counted
 from csalign.core.progress import tick, track
 from csalign.core.results import EvalResult, leaves
 from csalign.evaluation.config import EvalConfig, MeasureOptions, SourceOptions
 from csalign.evaluation.loading import is_trained_on, warn_of_trained
 from csalign.features import schema
-from csalign.features.checks import unit_rows
+from csalign.features.checks import FEW_QUERIES, unit_rows
 from csalign.features.join import ALL
 from csalign.features.reader import FeatureSet
 from csalign.features.sides import SidedRows, chosen_sides, load_sides
@@ -100,7 +101,8 @@ class SidedEvaluation:
         for target, subsets in track(self.subsets(found).items(), "ranking: by several sides"):
             given = points, self.rows.count, target, subsets, self.device
             own = rank_by_subsets(*given)
-            found |= {("subsets", target, *place): ranks for place, ranks in own.items()}
+            asked = {place: ranks for place, ranks in own.items() if len(ranks.first)}
+            found |= {("subsets", target, *place): ranks for place, ranks in asked.items()}
         return found
 
     def subsets(self, ranks: Mapping[Place, FirstRanks]) -> dict[str, list[tuple[str, ...]]]:
@@ -181,12 +183,15 @@ class SidedEvaluation:
     def _ranked(self) -> dict[str, Any]:
         """Build the blocks "matrix", "mean_recall" and "subsets"."""
         summaries = {place: own.summary() for place, own in self.ranks.items()}
-        found = {"matrix": {}, "mean_recall": 0.0, "subsets": {}} | nested(summaries)
+        found: dict[str, Any] = {"matrix": {}, "mean_recall": 0.0, "subsets": {}}
+        found |= nested(summaries)
         cells = [own for place, own in self.ranks.items() if place[0] == "matrix"]
         found["mean_recall"] = mean_of_recalls(cells)
         for target, subsets in self.subsets(self.ranks).items():
             for subset in subsets:
                 place = "subsets", target, "+".join(sorted(subset))
+                if (*place, SCORES[0]) not in self.ranks:
+                    continue  # no item of the subset has a row of the target
                 block = found["subsets"][target][place[-1]]
                 for score in SCORES:
                     both = (self.ranks[*place, score, *way] for way in ((), (FROM_TARGET,)))
@@ -261,6 +266,16 @@ def measure_sides(config: SourceOptions, options: MeasureOptions) -> SidedEvalua
                 f"{rows.name}: has rows of {', '.join(names)} only; name another --split"
             )
         rows = load_sides(features, split, names)
+    if not (several := int((rows.present.sum(1) > 1).sum())):
+        raise DataError(
+            f"{rows.name}: no item has rows of two of {', '.join(names)}; name another --split or "
+            "other --sides, or check the items with csalign diagnose"
+        )
+    if several < FEW_QUERIES:
+        log.warning(
+            "%s: only %s have two sides or more, so recalls are uncertain; see the intervals",
+            *(rows.name, counted(several, "item")),
+        )
     widths = {name: own.embeddings.shape[1] for name, own in rows.sides.items()}
     if adapter is None and len({*widths.values()}) > 1:
         listed = ", ".join(f"{name} {width}" for name, width in widths.items())
@@ -280,19 +295,18 @@ def measure_sides(config: SourceOptions, options: MeasureOptions) -> SidedEvalua
             check_aligned(values, ids, place, config.adapter)
         points[str(name)] = Points(values, own.items)
     device = pick_device(config.device)
-    return SidedEvaluation(
+    evaluation = SidedEvaluation(
         *(features, split, rows, points, options),
         device if device.type == "cuda" else torch.device("cpu"),
-        **(
-            {
-                "adapter": config.adapter,
-                "weights_sha256": info.weights_sha256,
-                "parameters": sum(adapter.parameter_counts().values()),
-                "is_trained": is_trained_on(features, info, split),
-            }
-            if adapter and info
-            else {}
-        ),
+    )
+    if adapter is None or info is None:
+        return evaluation
+    return replace(
+        evaluation,
+        adapter=config.adapter,
+        weights_sha256=info.weights_sha256,
+        parameters=sum(adapter.parameter_counts().values()),
+        is_trained=is_trained_on(features, info, split),
     )
 
 
