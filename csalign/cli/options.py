@@ -121,7 +121,7 @@ def _help(field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True)
     if default is PydanticUndefined:
         return f"{text} (required)"
-    if default is None or default == () or isinstance(default, bool):
+    if default in (None, (), {}) or isinstance(default, bool):
         return text  # the description says what None means; a switch shows what it changes
     return f"{text} (default: {default})"
 
