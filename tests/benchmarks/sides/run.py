@@ -227,7 +227,7 @@ def joint(problem: Problem, sides: Sides, method: str) -> None:
     """Train one run of all sides."""
     hub = hub_of(sides)
     options: dict[str, tuple[object, ...]] = {
-        "gcca": ("--steps", 0),
+        "gcca": ("--steps", 0, "--ensemble", "off"),
         "hub-no-cs": ("--hub", hub, "--cs-weight", 0),
         "hub": ("--hub", hub),
         "all": (),
