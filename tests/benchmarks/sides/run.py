@@ -227,7 +227,7 @@ def joint(problem: Problem, sides: Sides, method: str) -> None:
     """Train one run of all sides."""
     hub = hub_of(sides)
     options: dict[str, tuple[object, ...]] = {
-        "gcca": ("--steps", 0),
+        "gcca": ("--steps", 0, "--ensemble", "off"),
         "hub-no-cs": ("--hub", hub, "--cs-weight", 0),
         "hub": ("--hub", hub),
         "all": (),
@@ -258,18 +258,22 @@ def add_side(problem: Problem, sides: Sides, name: str) -> None:
 
 
 def volume(problem: Problem, sides: Sides) -> None:
-    """Train by a volume loss, from the same start."""
-    start = problem.folder / "gcca-run"
-    if not start.exists():
+    """Train by a volume loss from the same start, and again on the items that validated."""
+    if not (full := problem.folder / "gcca-run").exists():
         raise RuntimeError("volume starts from the run of gcca: run that first")
+    hub, start = hub_of(sides), problem.folder / "gcca-held-run"
+    options = ("--steps", 0, "--ensemble", "off", "--no-refit", "--overwrite")
+    _, spent = command("train", problem.folder / "set", "--out", start, *options)
     began = time.process_time()
-    kept, last, step = train_volume(sides, csalign.load_adapter(start), hub_of(sides), problem.seed)
-    spent = time.process_time() - began
+    _, last, step = train_volume(sides, csalign.load_adapter(start), hub, problem.seed)
+    again = train_volume(sides, csalign.load_adapter(full), hub, problem.seed, stop=step)[1]
+    spent += time.process_time() - began
     figures = {
         "best_step": step,
         "last_mean_recall": mean_recall(all_ranks(sides, embedding(last))),
     }
-    problem.keep("volume", all_ranks(sides, embedding(kept)), spent, models=1, **figures)
+    problem.keep("volume", all_ranks(sides, embedding(again)), spent, models=1, **figures)
+    shutil.rmtree(start)
 
 
 def hub_of(sides: Sides) -> str:

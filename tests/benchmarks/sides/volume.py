@@ -67,6 +67,7 @@ def train_volume(
     anchor: str,
     seed: int,
     *,
+    stop: int | None = None,
     epochs: int = 15,
     batch_size: int = 512,
     learning_rate: float = 1e-3,
@@ -74,6 +75,18 @@ def train_volume(
     validations: int = 20,
 ) -> tuple[dict[str, SideAdapter], dict[str, SideAdapter], int]:
     """Train from a closed form with the settings that ``csalign train`` has by default.
+
+    Args:
+        sides: the items.
+        start: the closed form, which has not seen the items that validate.
+        anchor: the side that every item used has.
+        seed: of batches, noise and dropout.
+        stop: a step to stop at, of a training on the items that validate too.
+        epochs: over the items.
+        batch_size: items of a step, at most.
+        learning_rate: at its peak.
+        noise: as in ``csalign train``.
+        validations: spread over the steps.
 
     Returns:
         The adapter of each side as it was at the best of the validations, and at the end, and the
@@ -83,7 +96,8 @@ def train_volume(
     generator = np.random.default_rng(seed)
     adapters = {name: glu_from(start.side(name)) for name in sides.names}
     inputs = {name: torch.from_numpy(rows) for name, rows in sides.rows.items()}
-    own = sides.of_split("train")
+    learned = np.isin(sides.splits, ("train",) if stop is None else ("train", "val"))
+    own = {name: rows[learned] for name, rows in sides.of_items.items()}
     groups = grouped(own, anchor, sides.names)
     sizes = np.array([len(items) for _, items in groups])
     steps = max(200, epochs * int(np.ceil(sizes.sum() / batch_size)))
@@ -96,7 +110,10 @@ def train_volume(
     )
     best, best_step, kept = -1.0, 0, copy.deepcopy(adapters)
     for step in range(steps + 1):
-        if step % max(1, steps // validations) == 0 or step == steps:
+        if step == stop:
+            break
+        due = step == steps or step % max(1, steps // validations) == 0
+        if stop is None and due:
             value = mean_recall(all_ranks(sides, embedding(adapters), "val"))
             if value > best:
                 best, best_step, kept = value, step, copy.deepcopy(adapters)
