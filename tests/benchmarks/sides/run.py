@@ -7,12 +7,13 @@ Usage::
 
 The folders are those of corpus.py. Each run is a JSON file of figures and an .npz of ranks below
 OUT, and is made once; remove its file to make it again. All methods are measured by matrix.py on
-the test items, which have all their sides.
+the test items, which keep all their memberships.
 
 Methods: ``gcca`` is generalised CCA alone; ``hub-no-cs`` and ``hub`` train on pairs with the text
 side, without and with the divergence; ``all`` on all pairs; ``holder`` with the divergence of all
 sides at once; ``pairwise`` trains a two-sided run for each pair of sides, with defaults; ``volume``
-is GRAM's loss (volume.py) at its best validation, ``volume-last`` at its end. ``add-NAME`` fits NAME into a space of the others.
+is GRAM's loss (volume.py) at its best validation, ``volume-last`` at its end. ``add-NAME`` fits
+NAME into a space of the others.
 """
 
 from __future__ import annotations
@@ -269,11 +270,9 @@ def volume(problem: Problem, sides: Sides) -> None:
     _, last, step = train_volume(sides, csalign.load_adapter(start), hub, problem.seed)
     again = train_volume(sides, csalign.load_adapter(full), hub, problem.seed, stop=step)[1]
     spent += time.process_time() - began
-    figures = {
-        "best_step": step,
-        "last_mean_recall": mean_recall(all_ranks(sides, embedding(last))),
-    }
-    problem.keep("volume", all_ranks(sides, embedding(again)), spent, models=1, **figures)
+    problem.keep("volume-last", all_ranks(sides, embedding(last)), spent, models=1)
+    ranks = all_ranks(sides, embedding(again))
+    problem.keep("volume", ranks, spent, models=1, best_step=step)
     shutil.rmtree(start)
 
 
