@@ -7,12 +7,13 @@ Usage::
 
 The folders are those of corpus.py. Each run is a JSON file of figures and an .npz of ranks below
 OUT, and is made once; remove its file to make it again. All methods are measured by matrix.py on
-the test items, which have all their sides.
+the test items, which keep all their memberships.
 
 Methods: ``gcca`` is generalised CCA alone; ``hub-no-cs`` and ``hub`` train on pairs with the text
 side, without and with the divergence; ``all`` on all pairs; ``holder`` with the divergence of all
 sides at once; ``pairwise`` trains a two-sided run for each pair of sides, with defaults; ``volume``
-is GRAM's loss (volume.py). ``add-NAME`` fits NAME into a space of the others.
+is GRAM's loss (volume.py) at its best validation, ``volume-last`` at its end. ``add-NAME`` fits
+NAME into a space of the others.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ import csalign
 TREE = Path(__file__).parents[3]
 HUBS = ("title", "name", "english")  # whichever of them the corpus has
 METHODS = ("gcca", "hub-no-cs", "hub", "all", "holder", "pairwise", "volume")
+SHOWN = (*METHODS, "volume-last")
 Ranks = dict[Pair, Any]
 
 
@@ -268,11 +270,9 @@ def volume(problem: Problem, sides: Sides) -> None:
     _, last, step = train_volume(sides, csalign.load_adapter(start), hub, problem.seed)
     again = train_volume(sides, csalign.load_adapter(full), hub, problem.seed, stop=step)[1]
     spent += time.process_time() - began
-    figures = {
-        "best_step": step,
-        "last_mean_recall": mean_recall(all_ranks(sides, embedding(last))),
-    }
-    problem.keep("volume", all_ranks(sides, embedding(again)), spent, models=1, **figures)
+    problem.keep("volume-last", all_ranks(sides, embedding(last)), spent, models=1)
+    ranks = all_ranks(sides, embedding(again))
+    problem.keep("volume", ranks, spent, models=1, best_step=step)
     shutil.rmtree(start)
 
 
@@ -384,8 +384,8 @@ def report(groups: Mapping[tuple[str, int], Sequence[Problem]]) -> Iterator[str]
     """All tables, as Markdown."""
     for (corpus, missing), problems in groups.items():
         yield f"\n### {corpus}, {missing} % missing\n"
-        yield from table(problems, METHODS)
-        for method in METHODS:
+        yield from table(problems, SHOWN)
+        for method in SHOWN:
             if any(own.file(method).exists() for own in problems):
                 yield ""
                 yield from matrix_table(problems, method)
