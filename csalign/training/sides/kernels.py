@@ -2,17 +2,19 @@
 
 import logging
 import time
-from itertools import product
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from csalign.adapters.builtin import Parts
+from csalign.adapters.builtin import Mapped, Parts
 from csalign.adapters.kernel_cca import MAX_LANDMARKS
-from csalign.adapters.kernel_sides import SidesSetting, kernel_candidates
+from csalign.adapters.kernel_sides import SidesSetting, add_kernel_side, kernel_candidates
 from csalign.adapters.model import Adapter
 from csalign.core.arrays import Mask
+from csalign.core.enums import AnySide
 from csalign.core.progress import duration, show_figures, tick
+from csalign.features.checks import scaled
 from csalign.training.closed_forms.combine import ENOUGH_IMAGES, SEARCH_ROWS, SHARES
 from csalign.training.closed_forms.settings import SAFE_RIDGE, Setting
 from csalign.training.network.validation import Measured, Score
@@ -66,20 +68,23 @@ def choose_kernels(
         starts: its rows and closed forms.
         setting: of its closed form.
         name: of the network for people.
-        joins: whether both may stand side by side, twice as wide.
+        joins: whether both may stand side by side, twice as wide; those of a side that is added
+            are summed.
         seconds: that it may take, with a fit on all rows.
     """
-    data, began = starts.data, time.monotonic()
+    data, began, added = starts.data, time.monotonic(), starts.added
     assert data.val is not None
     own = embed_sides(network, data.val)
-    alone = measure_sides(own)
+    alone = measure_sides(own, added)
     if alone.score.is_perfect:
         return ALONE
     best: tuple[Measured, SidesSetting] | None = None
     for number, gamma in enumerate(GAMMAS):
         tick("kernels: fits", number, len(GAMMAS))
-        for found, kernel in _fits(starts, setting, (gamma,), RIDGES, data.held_out, SEARCH_ROWS):
-            measured = measure_sides(embed_sides(kernel, data.val))
+        for found, kernel in _fits(
+            network, starts, setting, gamma, RIDGES, data.held_out, SEARCH_ROWS
+        ):
+            measured = measure_sides(embed_sides(kernel, data.val), added)
             if best is None or measured.score.better_than(best[0].score):
                 best = measured, found
             show_figures({"": found.name, "best R": f"{100 * best[0].score.mean_recall:.1f} %"})
@@ -90,12 +95,11 @@ def choose_kernels(
     if needed > seconds:
         log.info("--minutes: omits the kernels, which would take about %s", duration(needed))
         return ALONE
-    ((_, kernel),) = _fits(
-        starts, setting, (best[1].gamma,), (best[1].ridge,), data.held_out, MAX_LANDMARKS
-    )
+    one = best[1].gamma, (best[1].ridge,)
+    ((_, kernel),) = _fits(network, starts, setting, *one, data.held_out, MAX_LANDMARKS)
     other, shown = embed_sides(kernel, data.val), {}
     for share in (1.0, *(SHARES if joins else ())):
-        shown[share] = measure_sides(_joined(own, other, share))
+        shown[share] = measure_sides(_joined(own, other, share, added), added)
     share = max(shown, key=lambda own: shown[own].score.mean_recall)
     errors = 1.0 if len(alone.recalls) >= ENOUGH_IMAGES else 2.0
     chosen = Chosen(best[1], share, shown[share].score, name)
@@ -114,36 +118,57 @@ def assemble_sides(
     if chosen.kernel is None:
         return network
     tick("kernels of all parts")
-    one = (chosen.kernel.gamma,), (chosen.kernel.ridge,)
-    ((_, kernel),) = _fits(starts, setting, *one, leave_out, MAX_LANDMARKS)
+    one = chosen.kernel.gamma, (chosen.kernel.ridge,)
+    ((_, kernel),) = _fits(network, starts, setting, *one, leave_out, MAX_LANDMARKS)
     if chosen.share == 1:
         return kernel
     shares = 1 - chosen.share, chosen.share
-    parts = {side: [network.side(side), kernel.side(side)] for side in network.names}
-    return Adapter.of_sides({side: Parts.of(own, shares) for side, own in parts.items()})
+    sides = {side: network.side(side) for side in network.names}
+    for side in sides if starts.added is None else [starts.added]:
+        sides[side] = Parts.of([sides[side], kernel.side(side)], shares)
+    if starts.added is not None:  # in one space both outputs are summed
+        eye = torch.eye(sides[starts.added].shape.width // 2)
+        summed = torch.cat([share**0.5 * eye for share in shares], 1)
+        sides[starts.added] = Mapped.of(sides[starts.added], summed, torch.zeros(len(eye)))
+    return Adapter.of_sides(sides)
 
 
 def _fits(
+    network: Adapter,
     starts: Starts,
     setting: Setting,
-    gammas: tuple[float, ...],
+    gamma: float,
     ridges: tuple[float, ...],
     leave_out: Mask | None,
     limit: int,
 ) -> list[tuple[SidesSetting, Adapter]]:
-    """Fit kernels that predict the consensus of generalised CCA, its directions weighted alike."""
+    """Fit kernels that predict the consensus of the other sides.
+
+    That is in the space of generalised CCA, its directions weighted alike; for a side that is
+    added, in the finished space.
+    """
+    if starts.added is not None:
+        sides = {side: network.side(side) for side in network.names}
+        new, targets = starts.added_targets(leave_out)
+        kernels = add_kernel_side(new, targets, gamma, ridges, seed=starts.seed, limit=limit)
+        return [
+            (SidesSetting(gamma=gamma, ridge=ridge), Adapter.of_sides({**sides, starts.added: own}))
+            for ridge, own in zip(ridges, kernels, strict=True)
+        ]
     ridge = setting.ridge if setting.form == "gcca" else SAFE_RIDGE
     inputs = starts.inputs("gcca", leave_out)
     (form,) = starts.fit("gcca", ridge, (0.0,), leave_out)
-    outputs, found = form.functions(inputs), []
-    for gamma, seed in product(gammas, (starts.seed,)):
-        fits = kernel_candidates(inputs, outputs, gamma, ridges, seed=seed, limit=limit)
-        found += [(own, Adapter.of_sides(sides)) for own, sides in fits]
-    return found
+    outputs = form.functions(inputs)
+    fits = kernel_candidates(inputs, outputs, gamma, ridges, seed=starts.seed, limit=limit)
+    return [(own, Adapter.of_sides(sides)) for own, sides in fits]
 
 
-def _joined(own: Outputs, other: Outputs, share: float) -> Outputs:
-    """Put outputs side by side, the others with a share of the cosines."""
+def _joined(own: Outputs, other: Outputs, share: float, added: AnySide | None) -> Outputs:
+    """Put outputs side by side, the others with a share of the cosines; sum those of one side."""
+    if added is not None:
+        rows, items = own[added]
+        summed = np.float32(1 - share) * rows + np.float32(share) * other[added][0]
+        return {**own, added: (scaled(summed), items)}
     roots = np.float32(1 - share) ** 0.5, np.float32(share) ** 0.5
     return {
         side: (np.concatenate([roots[0] * rows, roots[1] * other[side][0]], 1), items)

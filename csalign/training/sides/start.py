@@ -20,7 +20,7 @@ from csalign.adapters.generalised import (
 )
 from csalign.adapters.model import DEFAULT_WIDTH, Adapter, find_kind
 from csalign.adapters.side import UnitRows, loud_scale
-from csalign.core.arrays import Ints, Mask
+from csalign.core.arrays import Array, Ints, Mask
 from csalign.core.enums import AnySide, Modality
 from csalign.core.errors import ConfigError
 from csalign.core.progress import duration, show_figures, tick
@@ -179,18 +179,22 @@ class Starts:
         maps = {side: SideMap(mean, torch.eye(len(mean))) for side, mean in means.items()}
         return [GeneralForm("centred features", maps)]
 
-    def _fit_added(self, ridge: float, leave_out: Mask | None) -> GeneralForm:
-        """Regress the side that is added on the mean output of the other sides of an item."""
+    def added_targets(self, leave_out: Mask | None) -> tuple[SideInput, Array]:
+        """Return the rows of the side that is added, and the mean output of their items' others."""
         assert self.added is not None
         others = self.inputs("ridge", leave_out)
-        new, added = others.pop(self.added), self.added
+        new = others.pop(self.added)
         outputs = dict.fromkeys(others, torch.from_numpy)
         numbers, place = np.unique(new.items, return_inverse=True)
         targets, counts = (own.numpy()[place] for own in consensus(others, outputs, numbers))
-        new = replace(new, items=np.where(counts > 0, new.items, -1))
+        return replace(new, items=np.where(counts > 0, new.items, -1)), targets
+
+    def _fit_added(self, ridge: float, leave_out: Mask | None) -> GeneralForm:
+        """Regress the side that is added on the mean output of the other sides of an item."""
+        new, targets = self.added_targets(leave_out)
         kept = SideMap(torch.zeros(self._width), torch.eye(self._width))
-        maps: dict[str, SideMap] = dict.fromkeys(others, kept)
-        maps[added] = add_side(new, targets, ridge=ridge)
+        maps: dict[str, SideMap] = dict.fromkeys(self.kinds, kept)
+        maps[str(self.added)] = add_side(new, targets, ridge=ridge)
         return GeneralForm(f"ridge regression onto the others (ridge {ridge:g})", maps)
 
     def _build(self, width: int, form: str) -> Adapter:

@@ -152,11 +152,12 @@ class SidesWork(Timed):
             adapter = self.complete(networks[-1])
             return Trained(adapter, adapter, decided, "", refit)
         starts, setting = self._of_seed(self.config.seed), decided.setting
-        joins, seconds = self.config.width is None, self.seconds_left
+        joins = self.config.width is None or self.base is not None
+        seconds = self.seconds_left
         name = "network" if decided.best else "closed form"
         chosen = choose_kernels(networks[0], starts, setting, name, joins=joins, seconds=seconds)
         leave_out = None if data.refits else data.held_out
-        adapter = assemble_sides(chosen, networks[-1], starts, setting, leave_out)
+        adapter = self.complete(assemble_sides(chosen, networks[-1], starts, setting, leave_out))
         if chosen.score is not None:
             score = chosen.score._asdict()
             log_lines([{"step": decided.made, "validation": score, "matched": True}])
@@ -167,7 +168,7 @@ class SidesWork(Timed):
     def _combines(self) -> bool:
         """Whether kernels may stand beside the network, or instead of it."""
         chooses = self.config.ensemble == "auto" and self.config.init == "canonical"
-        return chooses and self.base is None and self.data.val is not None
+        return chooses and self.data.val is not None
 
     def timer(self, *, combines: bool = False) -> Timer:
         """Build the timer of the first network, which kernels may follow."""
