@@ -60,17 +60,19 @@ def plan(
     minutes: float | None = None,
     validations: int | None = None,
     patience: int | None = None,
+    others: int = 1,
 ) -> Schedule:
     """Return the schedule for a number of pairs, at least 1; an epoch is at least a step.
 
-    Without `steps` and `epochs` it is 15 epochs, beyond a million pairs fewer and at least 1, and
-    at least 200 steps. If there are `minutes`, it is the longest that may fill them, 40 epochs.
+    Without `steps` and `epochs` it is 15 epochs for each of the `others`, the sides that a side is
+    paired with, and at most 40; beyond a million pairs fewer and at least 1; and at least 200
+    steps. If there are `minutes`, it is the longest that may fill them, 40 epochs.
 
     >>> [plan(pairs, 512).steps for pairs in (1_000, 1_000_000, 4_000_000)]
     [200, 29297, 58594]
     """
     if steps is None:
-        enough = EPOCHS * min(1.0, (MANY_PAIRS / pairs) ** 0.5)
+        enough = min(FULL_EPOCHS, EPOCHS * others) * min(1.0, (MANY_PAIRS / pairs) ** 0.5)
         passes = epochs or (max(1.0, enough) if minutes is None else FULL_EPOCHS)
         steps = math.ceil(passes * pairs / min(batch_size, pairs))
         steps = steps if epochs else max(MIN_STEPS, steps)

@@ -15,7 +15,7 @@ from csalign.core.arrays import Mask
 from csalign.core.enums import AnySide
 from csalign.core.progress import duration, show_figures, tick
 from csalign.features.checks import scaled
-from csalign.training.closed_forms.combine import ENOUGH_IMAGES, SEARCH_ROWS, SHARES
+from csalign.training.closed_forms.combine import ENOUGH_IMAGES, GAMMAS, SEARCH_ROWS, SHARES
 from csalign.training.closed_forms.settings import SAFE_RIDGE, Setting
 from csalign.training.network.validation import Measured, Score
 from csalign.training.sides.start import Starts
@@ -23,8 +23,7 @@ from csalign.training.sides.validation import Outputs, embed_sides, measure_side
 
 log = logging.getLogger(__name__)
 
-GAMMAS = (0.5, 1.0)
-RIDGES = (0.03, 0.1, 0.3, 1.0)
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
 GROWTH = 2.0  # exponent of the time that a fit takes by the number of its rows
 
 

@@ -23,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image, ImageChops
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks" / "openclipart"))
@@ -35,6 +37,7 @@ DRAWING_SPLITS = {"test": 300, "val": 150, "train": 970}
 DRAWING_SIZE = 80
 COLOURS = 32
 ARRAY_WIDTH = 128
+KEYWORD_WIDTH = 64
 MIN_INK = 0.02
 FEATURE_SPLITS = {"test": 300, "val": 200, "train": 1000}
 PUBLIC_DOMAIN = "http://web.resource.org/cc/PublicDomain"
@@ -212,6 +215,29 @@ def write_arrays() -> None:
         np.save(folder / f"{name}.npy", (rows @ axes[:ARRAY_WIDTH].T).astype(np.float16))
 
 
+def write_third_side() -> None:
+    """Write the keywords of the drawings as a third array, and which rows belong together.
+
+    Keywords are weighted by TF-IDF, as sets of words, and reduced to 64 columns. Drawings without
+    known keywords have no row, so that items.csv has empty cells.
+    """
+    features, folder = SAMPLE_DATA / "features", SAMPLE_DATA / "arrays"
+    images, texts = (pq.read_table(features / side).to_pandas() for side in ("images", "texts"))
+    words = texts[texts["id"].str.endswith("#1")].set_index("image_id")["caption"]
+    order = np.random.default_rng(0).permutation(len(images))  # as in `write_arrays`
+    documents = [re.findall(r"[^,\s]+", words.get(name, "").casefold()) for name in images["id"]]
+    documents = [documents[row] for row in order]
+    table = TfidfVectorizer(analyzer=list, sublinear_tf=True, min_df=3).fit_transform(documents)
+    rows = TruncatedSVD(KEYWORD_WIDTH, random_state=0).fit_transform(table)
+    has = np.linalg.norm(rows, axis=1) > 1e-3
+    np.save(folder / "keywords.npy", rows[has].astype(np.float16))
+    number = np.cumsum(has) - 1
+    with (folder / "items.csv").open("w", newline="", encoding="utf-8") as stream:
+        table = csv.writer(stream, lineterminator="\n")
+        table.writerow(["image", "text", "keywords"])
+        table.writerows([row, row, number[row] if has[row] else ""] for row in range(len(rows)))
+
+
 def choose_features(corpus: prepare.Corpus) -> dict[str, str]:
     """Choose the drawings of the sample feature set and their splits.
 
@@ -252,6 +278,7 @@ def main() -> None:
         # It names folders of this machine, which mean nothing elsewhere.
         (SAMPLE_DATA / "features" / "config.toml").unlink()
     write_arrays()
+    write_third_side()
 
 
 if __name__ == "__main__":
