@@ -192,6 +192,18 @@ def test_a_side_is_added_to_a_run_whose_weights_stay(features: Path, tmp_path: P
         run(features, tmp_path / "again", into=base)
 
 
+def test_a_side_that_is_added_is_validated_on_the_items_that_have_it(tmp_path: Path) -> None:
+    few = write_sided(tmp_path / "set", items=500, missing=0.0, only={"audio": 60})
+    base = run(few, tmp_path / "base", sides=("image", "text")).run
+
+    result = run(few, tmp_path / "run", add_side="audio", into=base)
+    assert result.pairs == {"train": 45, "validation": 15}
+    with pytest.raises(ConfigError, match="--width: the space of .*base stays as it is"):
+        run(few, tmp_path / "other", add_side="audio", into=base, width=8)
+    with pytest.raises(ConfigError, match="--text-adapter: there is no text side among audio"):
+        run(few, tmp_path / "other", add_side="audio", into=base, text_adapter="linear")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -56,6 +56,8 @@ def check_several(config: Any, sides: tuple[str, ...]) -> None:
         raise ConfigError("--add-side and --into go together; give the new side, and the run")
     if config.hub is not None and config.add_side is not None:
         raise ConfigError("--hub: a side that is added is paired with all others; leave it out")
+    if config.width is not None and config.into is not None:
+        raise ConfigError(f"--width: the space of {config.into} stays as it is; leave it out")
     for option, side in (("hub", config.hub), ("add-side", config.add_side)):
         if side is not None and side not in sides:
             raise ConfigError(f"--{option}: {side} is not a side; there are {', '.join(sides)}")

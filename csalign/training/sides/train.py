@@ -62,6 +62,9 @@ class SidesWork(Timed):
 
     def announce(self) -> None:
         """Log what is trained and validated on."""
+        if self.base is not None:
+            through = ", ".join(side for side in self.data.rows.sides if side != self.added)
+            log.info("adding %s to %s, through %s", self.added, self.config.into, through)
         announce_sides(self.data)
 
     def counts(self) -> dict[str, int]:
@@ -196,17 +199,14 @@ def sides_work(config: TrainConfig) -> SidesWork | None:
         base = load_adapter_with_info(config.into)[0]
         sides = _sides_with(base, side_of(config.add_side), sides, config)
     check_several(config, sides)
-    data = load_sides_data(features, config.group(DataOptions), sides, config.seed)
+    new = None if base is None else side_of(str(config.add_side))
+    data = load_sides_data(features, config.group(DataOptions), sides, config.seed, new)
     if base is None:
         return SidesWork(config, data, kinds_of(config.group(AdapterOptions), sides))
     _check_encoders(features, base, config)
-    rows = {side: own for side, own in data.rows.sides.items() if side in base.names}
-    added = [side for side in sides if side not in base.names]
-    kinds = kinds_of(config.group(AdapterOptions), (*added, *sides))
-    kinds = {side: kinds[side] if side in added else FROZEN for side in sides}
+    kinds = dict.fromkeys(sides, FROZEN) | kinds_of(config.group(AdapterOptions), (new,))
     held = data.val
     data = replace(data, rows=_aligned(base, data.rows), val=held and _aligned(base, held))
-    log.info("adding %s to %s, through %s", added[0], config.into, ", ".join(rows))
     return SidesWork(config, data, kinds, base)
 
 
