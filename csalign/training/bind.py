@@ -186,13 +186,13 @@ class _Rows(NamedTuple):
     places: Indices  # ascending
 
     def common(self, other: "_Rows") -> tuple[Indices, Indices]:
-        """Match rows with those of another table, by id; the same table as they stand."""
-        mine, theirs = self.places, other.places
+        """Match rows with those of another table, by id; those of one table by number."""
+        mine = theirs = np.intersect1d(self.places, other.places)
         if self.table.folder != other.table.folder:
             ids = [own.table.column(schema.ID, own.places) for own in (self, other)]
             names = [own.to_numpy().astype(str) for own in ids]
             _, one, two = np.intersect1d(*names, return_indices=True)
-            mine, theirs = mine[one], theirs[two]
+            mine, theirs = self.places[one], other.places[two]
         some = np.random.default_rng(0).permutation(len(mine))[:MOST_ROWS]
         return mine[some], theirs[some]
 

@@ -26,7 +26,7 @@ from csalign.features.splits import group_images
 from csalign.features.streaming import MIB, MappedRows, MemoryBudget, load_training, load_vectors
 from csalign.features.tokens import TokenCache, TokenRows
 from csalign.runs.load import check_encoder
-from csalign.training.advice import warn_of_few, warn_of_pairs
+from csalign.training.advice import advise_test_split, warn_of_few, warn_of_pairs
 from csalign.training.config import DataOptions, ObjectiveOptions, TokenOptions
 
 log = logging.getLogger(__name__)
@@ -132,17 +132,6 @@ def announce_rows(data: TrainingData) -> None:
     if val is not None:
         warn_of_few(int((val.caption_counts > 0).sum()))
     warn_of_pairs(rows, data.unpaired.sample(COMPARED))
-
-
-def advise_test_split(features: FeatureSet) -> None:
-    """Log how to hold out a test split, if there is none."""
-    if "test" not in features.splits():
-        log.info(
-            "no test split; to measure the run on rows it has not seen, hold one out first with "
-            "csalign split %s %s",
-            features.path,
-            features.manifest.test_split_options,
-        )
 
 
 class _Split(NamedTuple):

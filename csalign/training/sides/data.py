@@ -16,10 +16,10 @@ from csalign.features.join import ALL, hash_rows, select_rows, split_names
 from csalign.features.reader import FeatureSet
 from csalign.features.sides import SidedRows, in_order, load_sides
 from csalign.features.splits import Grouped, link_sharing
+from csalign.training.advice import advise_test_split
 from csalign.training.config import DataOptions
 from csalign.training.data import (
     MAX_VALIDATION_IMAGES,
-    advise_test_split,
     choose_val_split,
     count_to_hold_out,
     mark_some,

@@ -52,6 +52,8 @@ def check_several(config: Any, sides: tuple[str, ...]) -> None:
                 f"{config.shown(name)}: works with images and texts alone, and the sides are "
                 f"{', '.join(sides)}: {why}; leave it out, or train on two with --sides image,text"
             )
+    if config.batch_size == "auto":
+        raise ConfigError("--batch-size auto: needs a set of two sides; give a number")
     if (config.add_side is None) != (config.into is None):
         raise ConfigError("--add-side and --into go together; give the new side, and the run")
     if config.hub is not None and config.add_side is not None:
