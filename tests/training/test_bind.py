@@ -186,7 +186,9 @@ def test_other_sides_of_one_name_are_refused_until_they_are_renamed(
     both = [runs["seen"], runs["seen"]]
     more = trained(tmp_path / "more", views(100, 6), ("image", "text"), width=6)
 
-    with pytest.raises(ConfigError, match=r"sides image and text; .*--share text.*--rename image="):
+    with pytest.raises(
+        ConfigError, match=r"a side image besides text; .*--share text.*--rename image="
+    ):
         csalign.bind(runs["seen"], more, tmp_path / "bound")
     with pytest.raises(ConfigError, match=r"a side image besides text.*--rename image=other-image"):
         csalign.bind(runs["seen"], more, tmp_path / "bound", share="text")

@@ -218,9 +218,7 @@ def test_kinds_of_ones_own_are_loaded_again_for_the_refit(
         if what.startswith("refitting") and done:
             raise KeyboardInterrupt
 
-    config = TrainConfig(
-        features=features, out=tmp_path / "run", **{**QUICK, **kinds}, ensemble="off"
-    )
+    config = TrainConfig(features=features, out=tmp_path / "run", **values)
     with pytest.raises(KeyboardInterrupt):
         train(config, progress)
     train(config)
