@@ -17,6 +17,7 @@ from csalign.core.arrays import Mask
 from csalign.core.devices import free_bytes, pick_device
 from csalign.core.enums import Modality, PairwiseName
 from csalign.core.errors import ConfigError, reason_of
+from csalign.features.reader import FeatureSet
 from csalign.features.streaming import MIB
 from csalign.training.checkpoints import info_of
 from csalign.training.closed_forms.initialization import Start, fit_setting, initialize
@@ -176,6 +177,10 @@ class Work(Job):
         """Token width of each side that trains with tokens."""
         return self.tokens.widths if self.tokens else {}
 
+    @property
+    def _token_features(self) -> FeatureSet | None:
+        return self.tokens.features if self.tokens else None
+
     def load(
         self, sampler: Any, size: int, seed: int, device: torch.device, unpaired: int
     ) -> BatchLoader:
@@ -191,7 +196,7 @@ class Work(Job):
 
     def scale(self, adapter: Adapter) -> float:
         """See `Job.scale`."""
-        return logit_scale(adapter, self.data.val, self.tokens and self.tokens.features)
+        return logit_scale(adapter, self.data.val, self._token_features)
 
     def fitting(self, adapter: Adapter, device: torch.device) -> int:
         """See `Job.fitting`; 512 pairs if that cannot be found."""
@@ -207,7 +212,7 @@ class Work(Job):
 
     def validation(self) -> Validation | None:
         """See `Job.validation`."""
-        val, features = self.data.val, self.tokens and self.tokens.features
+        val, features = self.data.val, self._token_features
         if val is None:
             return None
         held_out = int((val.caption_counts > 0).sum())

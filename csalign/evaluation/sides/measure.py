@@ -189,7 +189,7 @@ class SidedEvaluation:
     def _ranked(self) -> dict[str, Any]:
         """Build the blocks "matrix", "mean_recall" and "subsets"."""
         cells = [own for place, own in self.ranks.items() if place[0] == "matrix"]
-        found = {"matrix": {}, MEAN_RECALL: mean_of_recalls(cells), "subsets": {}}
+        found: dict[str, Any] = {"matrix": {}, MEAN_RECALL: mean_of_recalls(cells), "subsets": {}}
         found |= nested({place: own.summary() for place, own in self.ranks.items()})
         for target, subsets in self.subsets(self.ranks).items():
             for subset in subsets:

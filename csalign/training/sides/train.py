@@ -182,7 +182,7 @@ def sides_work(config: TrainConfig) -> SidesWork | None:
     check_several(config, sides)
     new = None if base is None else side_of(str(config.add_side))
     data = load_sides_data(features, config.group(DataOptions), sides, config.seed, new)
-    if base is None:
+    if base is None or new is None:
         return SidesWork(config, data, kinds_of(config.group(AdapterOptions), sides))
     _check_encoders(features, base, config)
     kinds = dict.fromkeys(sides, FROZEN) | kinds_of(config.group(AdapterOptions), (new,))
