@@ -1,7 +1,7 @@
 """``csalign compare``: several systems side by side, with paired significance intervals."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -286,6 +286,9 @@ def _row(name: str, entry: _Entry, baseline: _Entry, labels: str | None) -> dict
                 interval, verdicts[figure] = own.minus(others, place)
                 difference[figure] = {"value": value - before, "interval": list(interval)}
         verdict = verdicts[DECIDES].value
+    of_directions = {
+        name: own.value for name, own in verdicts.items() if name.endswith(f"_{DECIDES}")
+    }
     return {
         "name": name,
         "split": document.split,
@@ -296,15 +299,10 @@ def _row(name: str, entry: _Entry, baseline: _Entry, labels: str | None) -> dict
         },
         "difference": difference,
         "verdict": verdict,
-        **({"verdicts": _of_directions(verdicts)} if document.sides else {}),
+        **({"verdicts": of_directions} if document.sides else {}),
         "parameters": document.parameters,
         "seconds": _seconds(document),
     }
-
-
-def _of_directions(verdicts: Mapping[str, Verdict]) -> dict[str, str]:
-    """Return the verdicts from one side to another."""
-    return {name: own.value for name, own in verdicts.items() if name.endswith("_" + DECIDES)}
 
 
 def _seconds(document: Document) -> float | None:

@@ -68,12 +68,18 @@ class Document(BaseModel):
         """Kind of the index."""
         return str(self.index.get("kind", "exact"))
 
+    def places(self, labels: str | None = None) -> dict[str, tuple[str, ...]]:
+        """Return the places of the compared metrics, with those of groups if `labels` is given."""
+        raise NotImplementedError
+
     def figures(self, labels: str | None = None) -> dict[str, float | None]:
         """Return the compared metrics, with those of groups by the column `labels` if given.
 
-        None for those that an older document lacks; TypeError if one that all have is missing.
+        None for those that an older document lacks, or that no query has; TypeError if one that
+        all documents have is missing.
         """
-        raise NotImplementedError
+        found = self.model_dump()
+        return {name: value_at(found, place) for name, place in self.places(labels).items()}
 
     def resampled(self, figure: str) -> tuple[str, ...]:
         """Return the place of a compared metric among intervals and resamples."""
@@ -90,23 +96,23 @@ class PairDocument(Document):
     groups: _Groups | None = None
     intervals: dict[str, Limits | dict[str, Limits | dict[str, Limits]]] = {}
 
-    def figures(self, labels: str | None = None) -> dict[str, float | None]:
-        """Return the compared metrics, with those of groups by the column `labels` if given.
+    def places(self, labels: str | None = None) -> dict[str, tuple[str, ...]]:
+        """See `Document.places`."""
+        return FIGURES | (OF_GROUPS if labels else {})
 
-        None for those that an older document lacks; TypeError if one of `REQUIRED` is missing.
-        """
-        found = self.model_dump()
+    def figures(self, labels: str | None = None) -> dict[str, float | None]:
+        """See `Document.figures`."""
         if self.groups is not None and self.groups.column != labels:
-            del found["groups"]
-        figures: dict[str, float | None] = {}
-        for name, place in (FIGURES | (OF_GROUPS if labels else {})).items():
-            value = value_at(found, place)
-            figures[name] = None if value is None and place[0] not in REQUIRED else float(value)
-        return figures
+            return self.model_copy(update={"groups": None}).figures(labels)
+        places, found = self.places(labels), dict[str, Any](super().figures(labels))
+        return {
+            name: None if own is None and places[name][0] not in REQUIRED else float(own)
+            for name, own in found.items()
+        }
 
     def resampled(self, figure: str) -> tuple[str, ...]:
-        """Return the place of a compared metric among intervals and resamples."""
-        return interval_place((FIGURES | OF_GROUPS)[figure])
+        """See `Document.resampled`."""
+        return interval_place(self.places(figure)[figure])
 
 
 class SidedDocument(Document):
@@ -117,22 +123,18 @@ class SidedDocument(Document):
     matrix: dict[str, dict[str, dict[str, FiniteFloat | None]]]
     gap: dict[str, dict[str, dict[str, Any]]]
 
-    def figures(self, labels: str | None = None) -> dict[str, float | None]:
-        """Return the compared metrics; None where two sides share no item."""
-        found = self.model_dump()
-        return {name: value_at(found, place) for name, place in self._places().items()}
-
-    def resampled(self, figure: str) -> tuple[str, ...]:
-        """Return the place of a compared metric among intervals and resamples."""
-        return self._places()[figure]
-
-    def _places(self) -> dict[str, tuple[str, ...]]:
+    def places(self, labels: str | None = None) -> dict[str, tuple[str, ...]]:
+        """See `Document.places`."""
         places: dict[str, tuple[str, ...]] = {"mean_recall": ("mean_recall",)}
         for a, b in permutations(self.sides, 2):
             places[f"{a}_to_{b}_mean_recall"] = ("matrix", a, b, "mean_recall")
         for a, b in combinations(self.sides, 2):
             places[f"{a}_{b}_centroid_distance"] = ("gap", a, b, "centroid_distance")
         return places
+
+    def resampled(self, figure: str) -> tuple[str, ...]:
+        """See `Document.resampled`."""
+        return self.places()[figure]
 
 
 def read_document(path: Path) -> Document:

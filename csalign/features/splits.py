@@ -198,11 +198,11 @@ def group_images(features: FeatureSet, joined: Joined, *, near: bool = True) -> 
     keys = _caption_keys(features.texts)
     keys = keys if joined.text_rows is None else keys[joined.text_rows]
     paired = np.flatnonzero(joined.text_image >= 0)
-    _link_sharing(links, keys[paired], rows[joined.text_image[paired]], len(images))
+    link_sharing(links, keys[paired], rows[joined.text_image[paired]], len(images))
     return Grouped(first_alike(links.groups()[rows]), hashes[rows], threshold, keys)
 
 
-def _link_sharing(links: Links, keys: Ints, owners: Ints, count: int) -> None:
+def link_sharing(links: Links, keys: Ints, owners: Ints, count: int) -> None:
     """Link the images or items (m,), of `count`, whose rows have equal keys (m,).
 
     A key of more than `MOST_SHARING` of them, such as a keyword, is ignored.
@@ -243,7 +243,7 @@ def _split_items(features: FeatureSet, settings: SplitSettings) -> SplitResult:
             continue
         is_described = side != Modality.IMAGE and table.column(schema.CAPTION).null_count == 0
         if is_described or side == Modality.TEXT:
-            _link_sharing(links, _caption_keys(table), of, count)
+            link_sharing(links, _caption_keys(table), of, count)
         else:
             own = Links(len(table))
             found = link_near_duplicates(table, hash_ids(table), own)
@@ -251,7 +251,7 @@ def _split_items(features: FeatureSet, settings: SplitSettings) -> SplitResult:
             if side == Modality.IMAGE:
                 links.add(of, of[own.groups()])
             else:
-                _link_sharing(links, own.groups(), of, count)
+                link_sharing(links, own.groups(), of, count)
     is_candidate = is_free & (sides > 1)
     if not (sides > 1).any():
         raise DataError(f"{features.path}: no item has rows of two sides; splits are made by item")

@@ -32,7 +32,6 @@ from csalign.objective.products import product
 TEMPERATURE = 0.1  # of the weights of query-weighted scores, as in the paper
 SCORES = ("query_weighted", "mean", "sum", "best_single")
 FROM_TARGET, MEAN_RECALL = "from_target", "mean_recall"
-"from_target"
 STRIP_BYTES = 64 << 20  # of the tables of scores that are held at a time
 LEAST_NORM = 1e-6  # of a weighted sum of unit rows
 

@@ -113,12 +113,10 @@ def _subsets(document: Document) -> Section:
         for subset, block in blocks.items():
             around = value_at(document["intervals"], ("subsets", target, subset)) or {}
             cells: list[str | Entry] = []
-            for score in SCORES:
-                interval = value_at(around, (score, "mean_recall"))
-                note = _between(MEAN, interval).strip(" []").replace(", ", " to ")
-                cells.append(Entry(MEAN.show(block[score]["mean_recall"]), note))
-            note = _between(MEAN, around.get("gain")).strip(" []").replace(", ", " to ")
-            cells.append(Entry(MEAN.show(block["gain"]), note))
+            for place in (*((score, "mean_recall") for score in SCORES), ("gain",)):
+                ends = value_at(around, place) or ()
+                shown = MEAN.show(value_at(block, place))
+                cells.append(Entry(shown, " to ".join(map(MEAN.show, ends))))
             label = by_sides(target, subset, document["sides"])
             rows.append([label, block["best_side"], *cells])
     note = (

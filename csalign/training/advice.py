@@ -1,4 +1,4 @@
-"""Warnings of rows that promise little: few to validate on, or pairs that hardly agree."""
+"""Warnings of rows that promise little, and advice on splits."""
 
 import logging
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from csalign.core.enums import Modality
 from csalign.evaluation.agreement import measure_agreement, sample_rows
 from csalign.features.checks import LEAST_PAIRS
 from csalign.features.join import Pairs
+from csalign.features.reader import FeatureSet
 
 log = logging.getLogger(__name__)
 
@@ -35,3 +36,14 @@ def warn_of_pairs(rows: Pairs, unpaired: Mapping[Modality, Array]) -> None:
     agreement = measure_agreement(sample_rows(rows, unpaired))
     for line in () if agreement is None else agreement.findings():
         log.warning("%s", line)
+
+
+def advise_test_split(features: FeatureSet) -> None:
+    """Log how to hold out a test split, if there is none."""
+    if "test" not in features.splits():
+        log.info(
+            "no test split; to measure the run on rows it has not seen, hold one out first with "
+            "csalign split %s %s",
+            features.path,
+            features.manifest.test_split_options,
+        )

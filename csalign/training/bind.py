@@ -186,13 +186,13 @@ class _Rows(NamedTuple):
     places: Indices  # ascending
 
     def common(self, other: "_Rows") -> tuple[Indices, Indices]:
-        """Match rows with those of another table, by id; the same table as they stand."""
-        mine, theirs = self.places, other.places
+        """Match rows with those of another table, by id; those of one table by number."""
+        mine = theirs = np.intersect1d(self.places, other.places)
         if self.table.folder != other.table.folder:
             ids = [own.table.column(schema.ID, own.places) for own in (self, other)]
             names = [own.to_numpy().astype(str) for own in ids]
             _, one, two = np.intersect1d(*names, return_indices=True)
-            mine, theirs = mine[one], theirs[two]
+            mine, theirs = self.places[one], other.places[two]
         some = np.random.default_rng(0).permutation(len(mine))[:MOST_ROWS]
         return mine[some], theirs[some]
 
@@ -214,23 +214,19 @@ def _shared_side(config: BindConfig, first: _Run, second: _Run) -> AnySide:
     """
     both = [side for side in first.sides if side in second.sides]
     share = side_of(config.share) if config.share else next(iter(both), None)
-    listed = "; ".join(f"{run.path} has {', '.join(run.sides)}" for run in (first, second))
     if share is None or share not in both:
+        listed = "; ".join(f"{run.path} has {', '.join(run.sides)}" for run in (first, second))
         raise ConfigError(
-            f"the runs have no side {share or 'in common'}{' in common' * bool(share)}: {listed}; "
-            "rename that of the second run, as --rename caption=text"
+            f"the runs have no side {f'{share} ' if share else ''}in common: {listed}; rename that "
+            "of the second run, as --rename caption=text"
         )
-    others = [side for side in both if side != share]
-    if others and not config.share:
+    if others := [side for side in both if side != share]:
+        if not config.share:
+            share, others = both[-1], both[:-1]
         raise ConfigError(
-            f"both runs have the sides {' and '.join(both)}; name the one to join them by as "
-            f"--share {both[-1]}, and rename the others of the second run, as "
-            f"--rename {both[0]}=other-{both[0]}"
-        )
-    if others:
-        raise ConfigError(
-            f"both runs have a side {others[0]} besides {share}: {listed}; rename that of the "
-            f"second run, as --rename {others[0]}=other-{others[0]}"
+            f"both runs have a side {others[0]} besides {share}; name the one to join them by as "
+            f"--share {share}, and rename the others of the second run, as "
+            f"--rename {others[0]}=other-{others[0]}"
         )
     used = [(first, first.sides[share]), *((second, side) for side in second.adapter.names)]
     for run, side in used:

@@ -163,6 +163,11 @@ class AdapterOptions(Config):
         image, text = self.image_adapter or plain, self.text_adapter or plain
         return {Modality.IMAGE: image, Modality.TEXT: text}
 
+    @property
+    def named_kinds(self) -> set[str]:
+        """All kinds that are named, which may be imported."""
+        return {self.adapter, *self.kinds.values()}
+
 
 class ObjectiveOptions(Config):
     """Terms of the loss."""

@@ -26,7 +26,7 @@ from csalign.features.splits import group_images
 from csalign.features.streaming import MIB, MappedRows, MemoryBudget, load_training, load_vectors
 from csalign.features.tokens import TokenCache, TokenRows
 from csalign.runs.load import check_encoder
-from csalign.training.advice import warn_of_few, warn_of_pairs
+from csalign.training.advice import advise_test_split, warn_of_few, warn_of_pairs
 from csalign.training.config import DataOptions, ObjectiveOptions, TokenOptions
 
 log = logging.getLogger(__name__)
@@ -128,13 +128,7 @@ def announce_rows(data: TrainingData) -> None:
     if val is not None:
         source = "held out from these images" if val.name == rows.name else val.name
         log.info("validating on %s: %s", counted(val.pairs, len(val.images)), source)
-    if "test" not in features.splits():
-        log.info(
-            "no test split; to measure the run on rows it has not seen, hold one out first with "
-            "csalign split %s %s",
-            features.path,
-            features.manifest.test_split_options,
-        )
+    advise_test_split(features)
     if val is not None:
         warn_of_few(int((val.caption_counts > 0).sum()))
     warn_of_pairs(rows, data.unpaired.sample(COMPARED))
@@ -152,11 +146,7 @@ class _Split(NamedTuple):
 
 def _split(features: FeatureSet, split: str, options: DataOptions, seed: int) -> _Split:
     """Join the rows to learn from and those to validate on."""
-    val_split = options.val_split
-    there = features.splits()
-    trained = join.split_names(split, there)
-    if val_split is None and "val" in there and "val" not in trained:
-        val_split = "val"
+    val_split = choose_val_split(features, split, options)
     joined = join.join_ids(features, split)
     if not joined.caption_counts.any():
         if options.val_split or min(joined.n_images, joined.n_texts) < LEAST_UNPAIRED:
@@ -180,20 +170,11 @@ def _split(features: FeatureSet, split: str, options: DataOptions, seed: int) ->
             return _Split(joined, None, (), None, "all pairs are trained on already")
         val = others = joined.take_images(folds[0])
     else:
-        both = trained & join.split_names(val_split, there)
-        if both:
-            raise DataError(
-                f"{', '.join(sorted(name or '(rows without a split)' for name in both))}: would be "
-                "both trained and validated on; name other splits with --train-split and "
-                "--val-split"
-            )
         others = join.join_pairs(features, val_split)
         val, folds = subsample(others, seed), ()
     learned, held_out = (int(np.count_nonzero(own.caption_counts)) for own in (joined, others))
     total = learned + (held_out if val_split else 0)
-    no_refit = "" if options.refit else "--no-refit"
-    if options.refit and held_out < LEAST_TO_REFIT * total:
-        no_refit = f"the {held_out:,} images held out are few beside all {total:,}"
+    no_refit = why_no_refit(options, "images", held_out, total)
     if val_split is None and (len(folds) > 1 or not no_refit):
         # An image without a caption that is held out as a near-duplicate is nothing to learn from.
         keep = ~folds[0] | (joined.caption_counts > 0)
@@ -205,6 +186,40 @@ def _split(features: FeatureSet, split: str, options: DataOptions, seed: int) ->
         joined, added = joined.add(others)
         folds, split = (added,), f"{split},{val_split}"
     return _Split(joined, val, folds, None if no_refit else split, no_refit)
+
+
+def choose_val_split(features: FeatureSet, split: str, options: DataOptions) -> str | None:
+    """Return the split(s) to validate on, by default "val"; None to hold out rows of `split`.
+
+    Raises:
+        DataError: rows would be both trained and validated on.
+    """
+    there = features.splits()
+    trained, val_split = join.split_names(split, there), options.val_split
+    if val_split is None:
+        return "val" if "val" in there and "val" not in trained else None
+    if both := trained & join.split_names(val_split, there):
+        raise DataError(
+            f"{', '.join(sorted(name or '(rows without a split)' for name in both))}: would be "
+            "both trained and validated on; name other splits with --train-split and --val-split"
+        )
+    return val_split
+
+
+def why_no_refit(options: DataOptions, what: str, held_out: int, total: int) -> str:
+    """Return why what was held out is not learned from at the end, "" if it is."""
+    if not options.refit:
+        return "--no-refit"
+    if held_out >= LEAST_TO_REFIT * total:
+        return ""
+    return f"the {held_out:,} {what} held out are few beside all {total:,}"
+
+
+def count_to_hold_out(total: int) -> int:
+    """Return how many to hold out: 10 % (100 to 1,000), 25 % of fewer than 400, 0 of under 20."""
+    if total < LEAST_TO_HOLD_OUT:
+        return 0
+    return min(total // 4, max(100, min(1_000, total // 10)))
 
 
 def hold_out(features: FeatureSet, rows: join.Joined, seed: int) -> tuple[Mask, ...]:
@@ -219,9 +234,8 @@ def hold_out(features: FeatureSet, rows: join.Joined, seed: int) -> tuple[Mask, 
     """
     is_captioned = rows.caption_counts > 0
     n = int(is_captioned.sum())
-    if n < LEAST_TO_HOLD_OUT:
+    if not (count := count_to_hold_out(n)):
         return ()
-    count = min(n // 4, max(100, min(1_000, n // 10)))
     folds = np.zeros((HOLD_OUTS if n < FEW_IMAGES else 1, rows.n_images), np.bool_)
     if distributed.is_main_process():
         grouped = group_images(features, rows, near=len(features.images) <= MOST_TO_COMPARE)
@@ -231,7 +245,7 @@ def hold_out(features: FeatureSet, rows: join.Joined, seed: int) -> tuple[Mask, 
             fold[:] = grouped.place(everything, is_captioned, {"val": count}, seed + number) > 0
             if 2 * (fold & is_captioned).sum() < count:
                 captioned, is_alike = np.flatnonzero(is_captioned), True
-                fold[:] = _mark(rows.n_images, captioned, count, seed + number)
+                fold[:] = mark_some(rows.n_images, captioned, count, seed + number)
         if is_alike:
             log.warning(
                 "%s: most images are near-duplicates or share captions, so images that are held "
@@ -250,10 +264,11 @@ def subsample(rows: join.Joined, seed: int) -> join.Joined:
     log.info(
         "%s: validating on %d of its %d images", rows.name, MAX_VALIDATION_IMAGES, len(captioned)
     )
-    return rows.take_images(_mark(rows.n_images, captioned, MAX_VALIDATION_IMAGES, seed))
+    return rows.take_images(mark_some(rows.n_images, captioned, MAX_VALIDATION_IMAGES, seed))
 
 
-def _mark(total: int, candidates: Ints, count: int, seed: int) -> Mask:
+def mark_some(total: int, candidates: Ints, count: int, seed: int) -> Mask:
+    """Draw some of the candidates, as a mask (total,)."""
     marks = np.zeros(total, np.bool_)
     marks[np.random.default_rng(seed).choice(candidates, count, replace=False)] = True
     return marks

@@ -20,7 +20,6 @@ from csalign.training.closed_forms.combine import (
 from csalign.training.closed_forms.initialization import announce_start, load_initialized
 from csalign.training.closed_forms.settings import Setting
 from csalign.training.closed_forms.unpaired import Matches
-from csalign.training.data import TrainingData
 from csalign.training.moment_matching import match_again, match_outputs
 from csalign.training.network.batch_loss import LEAST_SCALE
 from csalign.training.network.loop import FIRST, Log, Phase, Trainer
@@ -58,9 +57,9 @@ class Trained(NamedTuple):
 
 
 def train_networks(work: Any, run: UnfinishedRun, log_lines: Log) -> tuple[list[Adapter], Decided]:
-    """Train all networks of a `Work` or another `Timed`, in the main process."""
+    """Train all networks of a job, in the main process."""
     config = work.config
-    networks = [load_initialized(own.folder, config.kinds)[0] for own in run.ended]
+    networks = [load_initialized(own.folder, config.named_kinds)[0] for own in run.ended]
     if networks:
         decided = Decided.model_validate(run.ended[0].state)
     else:
@@ -94,12 +93,9 @@ def run_phases(work: Work, run: UnfinishedRun, log_lines: Log) -> Trained:
         score = validate(adapter, data.val)._asdict()
         decided = decided.model_copy(update={"scores": {**decided.scores, "parts": score}})
     kept = len(networks) - refits
-    parts, refit = _word_parts(decided, kept), _word_refit(data, kept)
-    log.info("%s", refit)
-    if refits:
-        learned = {"pairs": data.rows.pairs, "steps": decided.best}
-        log_lines([{"step": decided.made, "refit": learned}])
-    return Trained(adapter, measured, decided, parts, refit)
+    counts = data.rows.pairs, data.trained[0]
+    refit = announce_refit(data, decided, *counts, log_lines, "pairs", kept)
+    return Trained(adapter, measured, decided, _word_parts(decided, kept), refit)
 
 
 def _first_network(work: Any, run: UnfinishedRun, log_lines: Log) -> tuple[Adapter, Decided]:
@@ -111,7 +107,7 @@ def _first_network(work: Any, run: UnfinishedRun, log_lines: Log) -> tuple[Adapt
         adapter, start, setting, matches = found.adapter, found.name, found.setting, found.matches
         announce_start(found)
     else:
-        adapter, start = load_initialized(run.resumed.folder, config.kinds)
+        adapter, start = load_initialized(run.resumed.folder, config.named_kinds)
         setting = Setting.model_validate(run.resumed.setting)
         if setting.path:
             _, matches = work.fit(setting, FIRST)
@@ -147,7 +143,7 @@ def _further_network(work: Any, run: UnfinishedRun, phase: Phase, decided: Decid
         tick("refitting the closed form")
         adapter: Adapter = work.fit(decided.setting, phase)[0]
     else:
-        adapter, _ = load_initialized(run.resumed.folder, work.config.kinds)
+        adapter, _ = load_initialized(run.resumed.folder, work.config.named_kinds)
     start = decided.start, decided.setting
     run_phase(work, run, phase, adapter, start, lambda lines: None)
     if decided.covariances is not None:
@@ -289,21 +285,27 @@ def _word_parts(decided: Decided, networks: int) -> str:
     return f"{kept} {100 - percent} %, {name} {percent} %"
 
 
-def _word_refit(data: TrainingData, networks: int) -> str:
-    """Say whether the held-out pairs were learned from."""
-    if data.refit_split is None:
-        return f"not refitted: {data.no_refit}"
-    pairs = data.rows.pairs
-    held_out = f"the {pairs - data.trained[0]:,} held out included"
-    several = f"{networks} networks " if networks > 1 else ""
-    return f"{several}refitted on all {pairs:,} pairs, {held_out}; the figures are those before it"
+def announce_refit(
+    data: Any, decided: Decided, total: int, trained: int, log_lines: Log, what: str, networks: int
+) -> str:
+    """Log whether what was held out of a total was learned from; return it in words."""
+    refit = f"not refitted: {data.no_refit}"
+    if data.refits:
+        several = f"{networks} networks " if networks > 1 else ""
+        refit = (
+            f"{several}refitted on all {total:,} {what}, the {total - trained:,} held out "
+            "included; the figures are those before it"
+        )
+        log_lines([{"step": decided.made, "refit": {"pairs": total, "steps": decided.best}}])
+    log.info("%s", refit)
+    return refit
 
 
 def follow_phases(work: Any) -> None:
     """Take the same steps as the main process in `run_phases`."""
     while (sent := distributed.receive()) is not None:
         phase, shapes, weights, state = sent
-        adapter = Adapter(shapes, allow=set(work.config.kinds.values()))
+        adapter = Adapter(shapes, allow=work.config.named_kinds)
         adapter.load_state_dict(weights)
         trainer = work.trainer(adapter, phase, None if phase.number else work.timer())
         if state is not None:

@@ -87,7 +87,7 @@ def _train(work: Work | SidesWork, began: float) -> TrainResult:
             trained = (
                 timed.run(run, log_lines)
                 if isinstance(timed, SidesWork)
-                else (run_phases(timed, run, log_lines))
+                else run_phases(timed, run, log_lines)
             )
         tick("saving")
         decided, adapter = trained.decided, trained.adapter

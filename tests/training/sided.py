@@ -26,11 +26,12 @@ def write_sided(
     missing: float = 0.4,
     order: np.random.Generator | None = None,
     names: dict[str, str] | None = None,
+    only: dict[str, int] | None = None,
 ) -> Path:
     """Write items with a latent of 6, of whose training items a share of the sides is missing.
 
     The last 100 items are of the split test and complete. With `order` all rows are permuted;
-    `names` renames sides.
+    `names` renames sides, and `only` limits the number of training rows of some.
     """
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -39,6 +40,8 @@ def write_sided(
     for side, width in WIDTHS.items():
         values = latent @ rng.normal(size=(6, width)) + 1.2 * rng.normal(size=(items, width))
         there = np.flatnonzero((rng.random(items) > missing) | (np.arange(items) >= items - 100))
+        is_kept = (there >= items - 100) | (np.arange(len(there)) < (only or {}).get(side, items))
+        there = there[is_kept]
         written[side] = values[there].astype(np.float32), there
     images = {*written["image"][1].tolist()}
     named = {side: side_of((names or {}).get(side, side)) for side in sides}

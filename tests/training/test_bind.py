@@ -16,6 +16,7 @@ from csalign.adapters.model import Adapter
 from csalign.adapters.side import SideShape
 from csalign.core.errors import ConfigError, DataError
 from csalign.metrics.retrieval import rank_both_ways
+from tests.training.sided import write_sided
 
 Views = dict[str, NDArray[np.float32]]
 WIDTHS = {"image": 12, "text": 10, "audio": 14, "touch": 9}
@@ -185,7 +186,9 @@ def test_other_sides_of_one_name_are_refused_until_they_are_renamed(
     both = [runs["seen"], runs["seen"]]
     more = trained(tmp_path / "more", views(100, 6), ("image", "text"), width=6)
 
-    with pytest.raises(ConfigError, match=r"sides image and text; .*--share text.*--rename image="):
+    with pytest.raises(
+        ConfigError, match=r"a side image besides text; .*--share text.*--rename image="
+    ):
         csalign.bind(runs["seen"], more, tmp_path / "bound")
     with pytest.raises(ConfigError, match=r"a side image besides text.*--rename image=other-image"):
         csalign.bind(runs["seen"], more, tmp_path / "bound", share="text")
@@ -203,3 +206,18 @@ def test_a_side_that_embeds_with_tokens_is_refused(runs: dict[str, Path], tmp_pa
 
     with pytest.raises(ConfigError, match="audio side embeds with tokens"):
         csalign.bind(runs["seen"], tmp_path / "tokens", tmp_path / "bound")
+
+
+def test_runs_on_other_rows_of_one_set_are_joined_by_the_same_rows(tmp_path: Path) -> None:
+    features = write_sided(tmp_path / "set", missing=0.0)
+    seen, heard = (
+        csalign.train(features, tmp_path / name, sides=sides, train_split=split, **CLOSED).run
+        for name, sides, split in (
+            ("seen", "image,text", "train"),
+            ("heard", "audio,text", "all"),
+        )
+    )
+    for number, both in enumerate(((seen, heard), (heard, seen))):
+        result = csalign.bind(*both, tmp_path / f"bound{number}")
+        assert result["rows"] == 300
+        assert result["held_out"]["mean_recall"] > 0.9

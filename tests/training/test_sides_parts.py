@@ -46,7 +46,8 @@ def rows_of(items: dict[str, list[int]], values: dict[str, Any] | None = None) -
 def data_of(rows: SidedRows) -> SidesData:
     keys = {side: hash_rows(own.embeddings) for side, own in rows.sides.items()}
     held_out, features = np.zeros(rows.count, bool), None
-    return SidesData(features, "all", rows, None, held_out, None, "", keys)  # type: ignore[arg-type]
+    together = rows.present.sum(1) >= 2
+    return SidesData(features, "all", rows, together, None, held_out, None, "", keys)  # type: ignore[arg-type]
 
 
 def adapter_of(*sides: str) -> Adapter:
@@ -218,12 +219,14 @@ def test_what_is_held_out_shares_no_row_with_the_rest() -> None:
     rows = rows_of({"image": [*range(600)], "text": [*range(600)]}, {"text": names})
     keys = data_of(rows).keys
 
-    held_out = hold_out(rows, keys, 0)
+    everything = np.ones(600, bool)
+
+    held_out = hold_out(rows, keys, everything, 0)
     assert held_out.sum() == 100
     assert (held_out[::2] == held_out[1::2]).all()
-    assert not np.array_equal(held_out, hold_out(rows, keys, 1))
+    assert not np.array_equal(held_out, hold_out(rows, keys, everything, 1))
     few = rows_of({"image": [*range(19)], "text": [*range(19)]})
-    assert not hold_out(few, data_of(few).keys, 0).any()
+    assert not hold_out(few, data_of(few).keys, np.ones(19, bool), 0).any()
 
 
 def test_what_is_held_out_does_not_depend_on_the_order(tmp_path: Path) -> None:

@@ -192,6 +192,40 @@ def test_a_side_is_added_to_a_run_whose_weights_stay(features: Path, tmp_path: P
         run(features, tmp_path / "again", into=base)
 
 
+def test_a_side_that_is_added_is_validated_on_the_items_that_have_it(tmp_path: Path) -> None:
+    few = write_sided(tmp_path / "set", items=500, missing=0.0, only={"audio": 60})
+    base = run(few, tmp_path / "base", sides=("image", "text")).run
+
+    result = run(few, tmp_path / "run", add_side="audio", into=base)
+    assert result.pairs == {"train": 45, "validation": 15}
+    with pytest.raises(ConfigError, match=r"--width: the space of .*base stays as it is"):
+        run(few, tmp_path / "other", add_side="audio", into=base, width=8)
+    with pytest.raises(ConfigError, match="--text-adapter: there is no text side among audio"):
+        run(few, tmp_path / "other", add_side="audio", into=base, text_adapter="linear")
+
+
+def test_kinds_of_ones_own_are_loaded_again_for_the_refit(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_kind.py").write_text(
+        "from csalign.adapters.builtin import Linear\nclass Own(Linear):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    kinds = {"adapter": "own_kind:Own", "image_adapter": "linear", "text_adapter": "linear"}
+    values: dict[str, Any] = {**QUICK, **kinds, "ensemble": "off"}
+
+    def progress(what: str, done: int, total: int | None) -> None:
+        if what.startswith("refitting") and done:
+            raise KeyboardInterrupt
+
+    config = TrainConfig(features=features, out=tmp_path / "run", **values)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, progress)
+    train(config)
+    shapes = read_info(tmp_path / "run").adapters
+    assert [shape.kind for shape in shapes.values()] == ["linear", "linear", "own_kind:Own"]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

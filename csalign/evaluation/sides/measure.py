@@ -99,10 +99,12 @@ class SidedEvaluation:
             for a, b in track(cells, "ranking: directions", len(cells))
         }
         for target, subsets in track(self.subsets(found).items(), "ranking: by several sides"):
-            given = points, self.rows.count, target, subsets, self.device
-            own = rank_by_subsets(*given)
-            asked = {place: ranks for place, ranks in own.items() if len(ranks.first)}
-            found |= {("subsets", target, *place): ranks for place, ranks in asked.items()}
+            own = rank_by_subsets(points, self.rows.count, target, subsets, self.device)
+            found |= {
+                ("subsets", target, *place): ranks
+                for place, ranks in own.items()
+                if len(ranks.first)
+            }
         return found
 
     def subsets(self, ranks: Mapping[Place, FirstRanks]) -> dict[str, list[tuple[str, ...]]]:
@@ -125,8 +127,11 @@ class SidedEvaluation:
     @cached_property
     def resamples(self) -> Resamples:
         """The figures on bootstrap resamples."""
-        given, options = (self.points, self.rows.count, self.ranks, self.pairs), self.options
-        return resample_sides(*given, resamples=options.resamples, seed=options.seed)
+        return resample_sides(
+            *(self.points, self.rows.count, self.ranks, self.pairs),
+            resamples=self.options.resamples,
+            seed=self.options.seed,
+        )
 
     def describe(self) -> dict[str, Any]:
         """Build the document of ``csalign eval``."""
@@ -137,7 +142,8 @@ class SidedEvaluation:
                     "all %s embeddings are nearly the same, so a small gap means nothing here", side
                 )
         return {
-            **{"features": str(self.features.path), "split": self.split},
+            "features": str(self.features.path),
+            "split": self.split,
             "adapter": None if self.adapter is None else str(self.adapter),
             "sides": [*self.points],
             "fingerprints": self.fingerprints(),
@@ -182,11 +188,9 @@ class SidedEvaluation:
 
     def _ranked(self) -> dict[str, Any]:
         """Build the blocks "matrix", "mean_recall" and "subsets"."""
-        summaries = {place: own.summary() for place, own in self.ranks.items()}
-        found: dict[str, Any] = {"matrix": {}, "mean_recall": 0.0, "subsets": {}}
-        found |= nested(summaries)
         cells = [own for place, own in self.ranks.items() if place[0] == "matrix"]
-        found["mean_recall"] = mean_of_recalls(cells)
+        found: dict[str, Any] = {"matrix": {}, MEAN_RECALL: mean_of_recalls(cells), "subsets": {}}
+        found |= nested({place: own.summary() for place, own in self.ranks.items()})
         for target, subsets in self.subsets(self.ranks).items():
             for subset in subsets:
                 place = "subsets", target, "+".join(sorted(subset))
@@ -218,7 +222,7 @@ class SidesResult(EvalResult):
         return rows
 
     def _lines(self) -> list[tuple[str, str]]:
-        shown = {**{key: str(self[key]) for key in ("features", "adapter", "split")}}
+        shown = {key: str(self[key]) for key in ("features", "adapter", "split")}
         shown["sides"] = ", ".join(f"{own} ({n:,})" for own, n in self["counts"]["rows"].items())
         recalls = {
             f"{a} to {b} mean recall % ↑": own[MEAN_RECALL]
@@ -265,7 +269,7 @@ def measure_sides(config: SourceOptions, options: MeasureOptions) -> SidedEvalua
             raise DataError(
                 f"{rows.name}: has rows of {', '.join(names)} only; name another --split"
             )
-        rows = load_sides(features, split, names)
+        rows = replace(rows, sides={name: rows.sides[name] for name in names})
     if not (several := int((rows.present.sum(1) > 1).sum())):
         raise DataError(
             f"{rows.name}: no item has rows of two of {', '.join(names)}; name another --split or "

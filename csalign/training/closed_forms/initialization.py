@@ -159,10 +159,10 @@ def announce_start(start: Start) -> None:
             )
 
 
-def load_initialized(folder: Path, kinds: Mapping[Any, str]) -> tuple[Adapter, str]:
-    """Load the adapters of a checkpoint, and the name of their initialization."""
+def load_initialized(folder: Path, allow: set[str]) -> tuple[Adapter, str]:
+    """Load the adapters of a checkpoint, and the name of their initialization; see `find_kind`."""
     with torch.random.fork_rng(devices=[]):
-        adapter, info = load_adapter_with_info(folder, allow=set(kinds.values()))
+        adapter, info = load_adapter_with_info(folder, allow=allow)
     return adapter, info.start
 
 

@@ -58,7 +58,11 @@ class PlannedBatch:
 
 
 class Plan(Protocol):
-    """Which rows a batch takes."""
+    """Which rows a batch takes, and the place of the batch after it."""
+
+    @property
+    def place(self) -> Mapping[str, int]:
+        """See `EpochLoader.state_dict`."""
 
     @property
     def picked(self) -> Mapping[Any, Sequence[Picked]]:

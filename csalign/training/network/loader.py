@@ -3,26 +3,17 @@
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from csalign.core.arrays import Array
-from csalign.training.network.device_rows import DeviceRows, Pieces, Plan, upload_numbers
+from csalign.training.network.device_rows import DeviceRows, Pieces, Planned, upload_numbers
 
 Rows = TypeVar("Rows")  # of a batch, as numbers
-Planned = TypeVar("Planned", bound="PlacedPlan")
 Batch = TypeVar("Batch")  # of tensors
-
-
-class PlacedPlan(Plan, Protocol):
-    """A batch as row numbers, and the place of the batch after it."""
-
-    @property
-    def place(self) -> Mapping[str, int]:
-        """See `EpochLoader.state_dict`."""
 
 
 class EpochLoader(Generic[Rows, Planned, Batch]):

@@ -6,17 +6,25 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from csalign.core import distributed
 from csalign.core.arrays import Ints, Mask
 from csalign.core.enums import AnySide
 from csalign.core.errors import DataError
 from csalign.core.progress import tick
 from csalign.features.duplicates import Links
-from csalign.features.join import ALL, first_alike, hash_rows, select_rows, split_names
+from csalign.features.join import ALL, hash_rows, select_rows, split_names
 from csalign.features.reader import FeatureSet
 from csalign.features.sides import SidedRows, in_order, load_sides
-from csalign.features.splits import MOST_SHARING
+from csalign.features.splits import Grouped, link_sharing
+from csalign.training.advice import advise_test_split
 from csalign.training.config import DataOptions
-from csalign.training.data import LEAST_TO_HOLD_OUT, LEAST_TO_REFIT, MAX_VALIDATION_IMAGES
+from csalign.training.data import (
+    MAX_VALIDATION_IMAGES,
+    choose_val_split,
+    count_to_hold_out,
+    mark_some,
+    why_no_refit,
+)
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +40,7 @@ class SidesData:
     features: FeatureSet  # the feature set
     split: str  # the split(s) of it that are trained on
     rows: SidedRows
+    together: Mask  # (items,), those with two sides or more, of which one is that to add
     val: SidedRows | None  # held out; None if none are
     held_out: Mask  # (items,)
     refit_split: str | None  # the split(s) that a refit learns from; None without one
@@ -44,26 +53,22 @@ class SidesData:
         return self.refit_split is not None
 
     @property
-    def together(self) -> Mask:
-        """Which items have rows of two sides or more, (items,)."""
-        return belongs(self.rows)
-
-    @property
     def trained(self) -> int:
         """Number of items with two sides or more that are trained on before a refit."""
         return int((self.together & ~self.held_out).sum())
 
 
-def belongs(rows: SidedRows) -> Mask:
-    """Return which items have rows of two sides or more, (items,)."""
-    found: Mask = rows.present.sum(1) >= 2
-    return found
-
-
 def load_sides_data(
-    features: FeatureSet, options: DataOptions, sides: tuple[AnySide, ...], seed: int
+    features: FeatureSet,
+    options: DataOptions,
+    sides: tuple[AnySide, ...],
+    seed: int,
+    added: AnySide | None = None,
 ) -> SidesData:
     """Load the rows of some sides to train and validate on.
+
+    With a side that is `added` to the others, the items that have it and another are those that
+    count: to learn from, and to hold out.
 
     Raises:
         DataError: no item has two sides, a split is both trained and validated on, or a row has no
@@ -74,98 +79,71 @@ def load_sides_data(
     there = features.splits()
     never_split = set(there) == {None}
     split = ALL if options.train_split == "train" and never_split else options.train_split
-    trained, val_split = split_names(split, there), options.val_split
-    if val_split is None and "val" in there and "val" not in trained:
-        val_split = "val"
-    validated = split_names(val_split, there) if val_split else set()
-    if both := trained & validated:
-        raise DataError(
-            f"{', '.join(sorted(name or '(rows without a split)' for name in both))}: would be "
-            "both trained and validated on; name other splits with --train-split and --val-split"
-        )
+    val_split = choose_val_split(features, split, options)
     names = f"{split},{val_split}" if val_split else split
     rows = in_order(features, load_sides(features, names, sides))
     rows = replace(rows, name=f"{features.path}" + ("" if never_split else f" (split {split})"))
     keys = {side: hash_rows(own.embeddings) for side, own in rows.sides.items()}
-    held_out = np.zeros(rows.count, bool)
-    for side, own in rows.sides.items() if validated else ():
-        of_val = np.zeros(len(features.table(side)), bool)
-        of_val[select_rows(features.table(side), validated)] = True
-        held_out[own.items[of_val[own.table_rows]]] = True
-    together = belongs(rows)
+    held_out, together = np.zeros(rows.count, bool), rows.present.sum(1) >= 2
+    if added is not None:
+        together &= rows.present[:, [*rows.sides].index(added)]
+    if val_split:
+        validated = split_names(val_split, there)
+        for side, own in rows.sides.items():
+            of_val = np.zeros(len(features.table(side)), bool)
+            of_val[select_rows(features.table(side), validated)] = True
+            held_out[own.items[of_val[own.table_rows]]] = True
     if not (together & ~held_out).any():
+        listed = ", ".join(rows.sides)
+        pair = f"two of the sides {listed}" if added is None else f"{added} and another of {listed}"
         raise DataError(
-            f"{rows.name}: no item has rows of two of the sides {', '.join(rows.sides)}; import "
-            "them again with --pairs, or name other sides with --sides"
+            f"{rows.name}: no item has rows of {pair}; import them again with --pairs, or name "
+            "other sides with --sides"
         )
-    for side, own in rows.sides.items():
+    for side, own in rows.sides.items() if added is None else ():
         if not (together & ~held_out)[own.items].any():
             raise DataError(
                 f"{rows.name}: no row of {side} belongs to an item with another side; leave it out "
                 "with --sides, or import it again with --pairs"
             )
-    if val_split is None:
-        held_out = hold_out(rows, keys, seed)
-    val = rows.take(_some(held_out & together, seed)) if (held_out & together).any() else None
-    left, out = int((together & ~held_out).sum()), int((together & held_out).sum())
-    no_refit = "" if options.refit else "--no-refit"
-    if options.refit and val is None:
-        no_refit = "all items are trained on already"
-    elif options.refit and out < LEAST_TO_REFIT * (left + out):
-        no_refit = f"the {out:,} items held out are few beside all {left + out:,}"
-    if val is None:
-        log.warning(
-            "%s: too few items with two sides to hold some out, so the run is not validated and "
-            "saves its last weights",
-            rows.name,
-        )
+    if not val_split:
+        held_out = hold_out(rows, keys, together, seed)
+    val, total = None, int(together.sum())
+    no_refit = "all items are trained on already" if options.refit else "--no-refit"
+    if len(chosen := np.flatnonzero(held_out & together)):
+        no_refit = why_no_refit(options, "items", len(chosen), total)
+        most = min(len(chosen), MAX_VALIDATION_IMAGES)
+        val = rows.take(mark_some(rows.count, chosen, most, seed))
     refit_split = None if no_refit else names
-    return SidesData(features, split, rows, val, held_out, refit_split, no_refit, keys)
+    return SidesData(features, split, rows, together, val, held_out, refit_split, no_refit, keys)
 
 
-def hold_out(rows: SidedRows, keys: Mapping[AnySide, Ints], seed: int) -> Mask:
-    """Hold out some items with two sides or more: 10 % (100 to 1,000), or 25 % of fewer than 400.
+def hold_out(rows: SidedRows, keys: Mapping[AnySide, Ints], candidates: Mask, seed: int) -> Mask:
+    """Hold out some items of the candidates (items,); see `count_to_hold_out`.
 
-    Items of which a row is a copy are on one side, unless a row is shared by many.
+    Items that share a row of some side are on one side, but not those that share what many do.
 
     Returns:
         A mask of the items, (items,), which depends on their keys and rows, and on the number of
-        items; nothing is held out of fewer than 20.
+        items.
     """
-    candidates = np.flatnonzero(belongs(rows))
-    n, held_out = len(candidates), np.zeros(rows.count, bool)
-    if n < LEAST_TO_HOLD_OUT:
+    if not (count := count_to_hold_out(int(candidates.sum()))):
+        return np.zeros(rows.count, bool)
+    links, everything = Links(rows.count), np.ones(rows.count, bool)
+    for side, own in rows.sides.items():
+        link_sharing(links, keys[side], own.items, rows.count)
+    order = np.random.default_rng(seed).permutation(rows.count).astype(np.uint64)
+    grouped = Grouped(links.groups(), order)
+    held_out: Mask = grouped.place(everything, candidates, {"val": count}, seed) > 0
+    if 2 * (held_out & candidates).sum() >= count:
         return held_out
-    count = min(n // 4, max(100, min(1_000, n // 10)))
-    groups = group_items(rows, keys)[candidates]
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(n)  # groups in the order of their first items in it
-    first = np.full(rows.count, n)
-    np.minimum.at(first, groups[order], np.arange(n))
-    order = np.argsort(first[groups], kind="stable")
-    sizes = np.bincount(groups, minlength=rows.count)[groups[order]]
-    small = order[sizes <= max(1, count // 10)]
-    if 2 * len(small[:count]) < count:
+    if distributed.is_main_process():
         log.warning(
             "%s: most items share rows, so items that are held out for validation may be like "
             "items to train on",
             rows.name,
         )
-        small = rng.permutation(n)
-    chosen = small[:count]
-    same = np.isin(groups[small[count:]], groups[chosen[-1:]])  # the rest of the last group
-    held_out[candidates[np.concatenate([chosen, small[count:][same]])]] = True
-    return held_out
-
-
-def group_items(rows: SidedRows, keys: Mapping[AnySide, Ints]) -> Ints:
-    """Group the items that share a row of some side, (items,), but not what many share."""
-    links = Links(rows.count)
-    for side, own in rows.sides.items():
-        alike = first_alike(keys[side])
-        common = np.bincount(alike, minlength=1)[alike] <= MOST_SHARING
-        links.add(own.items[common], own.items[alike[common]])
-    return links.groups()
+    return mark_some(rows.count, np.flatnonzero(candidates), count, seed)
 
 
 def announce_sides(data: SidesData) -> None:
@@ -175,23 +153,13 @@ def announce_sides(data: SidesData) -> None:
     log.info("rows: %s", sides)
     if data.val is not None:
         log.info("validating on %s items", f"{data.val.count:,}")
-    if "test" not in data.features.splits():
-        log.info(
-            "no test split; to measure the run on rows it has not seen, hold one out first with "
-            "csalign split %s --test 0.1",
-            data.features.path,
+    else:
+        log.warning(
+            "%s: too few items with two sides to hold some out, so the run is not validated and "
+            "saves its last weights",
+            data.rows.name,
         )
-
-
-def _some(items: Mask, seed: int) -> Mask:
-    """Keep at most `MAX_VALIDATION_IMAGES` of the items."""
-    there = np.flatnonzero(items)
-    if len(there) <= MAX_VALIDATION_IMAGES:
-        return items
-    chosen = np.random.default_rng(seed).choice(there, MAX_VALIDATION_IMAGES, replace=False)
-    found = np.zeros_like(items)
-    found[chosen] = True
-    return found
+    advise_test_split(data.features)
 
 
 Drawn = dict[AnySide, tuple[Ints, Ints]]
@@ -199,7 +167,7 @@ Drawn = dict[AnySide, tuple[Ints, Ints]]
 
 
 class Sampler:
-    """Items of two sides or more to draw rows of, and the rows of items of one side.
+    """Items to draw rows of two sides or more of, and the rows of the other items.
 
     Args:
         data: all rows.
@@ -208,12 +176,12 @@ class Sampler:
 
     Attributes:
         items: (m,) that are drawn of.
-        pools: by side, rows (k,) of items of one side.
+        pools: by side, rows (k,) of the other items.
     """
 
     def __init__(self, data: SidesData, leave_out: Mask | None, *, once: bool) -> None:
         used = np.ones(data.rows.count, bool) if leave_out is None else ~leave_out
-        together = belongs(data.rows) & used
+        together = data.together & used
         self.items = np.flatnonzero(together)
         self.pools: dict[AnySide, Ints] = {}
         self._found: dict[AnySide, tuple[Ints, Ints]] = {}  # first row of each item, and how many

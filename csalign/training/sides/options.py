@@ -52,10 +52,14 @@ def check_several(config: Any, sides: tuple[str, ...]) -> None:
                 f"{config.shown(name)}: works with images and texts alone, and the sides are "
                 f"{', '.join(sides)}: {why}; leave it out, or train on two with --sides image,text"
             )
+    if config.batch_size == "auto":
+        raise ConfigError("--batch-size auto: needs a set of two sides; give a number")
     if (config.add_side is None) != (config.into is None):
         raise ConfigError("--add-side and --into go together; give the new side, and the run")
     if config.hub is not None and config.add_side is not None:
         raise ConfigError("--hub: a side that is added is paired with all others; leave it out")
+    if config.width is not None and config.into is not None:
+        raise ConfigError(f"--width: the space of {config.into} stays as it is; leave it out")
     for option, side in (("hub", config.hub), ("add-side", config.add_side)):
         if side is not None and side not in sides:
             raise ConfigError(f"--{option}: {side} is not a side; there are {', '.join(sides)}")

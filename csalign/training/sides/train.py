@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,13 +23,11 @@ from csalign.training.config import (
     AdapterOptions,
     DataOptions,
     ObjectiveOptions,
-    OptimizerOptions,
     TrainConfig,
 )
-from csalign.training.network.build import Source, build_trainer
-from csalign.training.network.loop import FIRST, Log, Phase, Trainer, Validation
+from csalign.training.network.loop import FIRST, Log, Phase, Validation
 from csalign.training.network.schedule import Timer
-from csalign.training.phases import Trained, train_networks
+from csalign.training.phases import Trained, announce_refit, train_networks
 from csalign.training.sides.data import Sampler, SidesData, announce_sides, load_sides_data
 from csalign.training.sides.kernels import assemble_sides, choose_kernels
 from csalign.training.sides.loader import SidesLoader
@@ -38,14 +35,14 @@ from csalign.training.sides.loss import SidesLoss
 from csalign.training.sides.options import check_several, check_two
 from csalign.training.sides.start import FROZEN, Starts, kinds_of
 from csalign.training.sides.validation import scale_of_sides, validate_sides
-from csalign.training.work import Timed
+from csalign.training.work import Job
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class SidesWork(Timed):
-    """What all processes of a job on several sides train from.
+class SidesWork(Job):
+    """A job on several sides.
 
     With a `base`, a side is added to it: its own sides are in `data` as it aligns them.
     """
@@ -62,6 +59,9 @@ class SidesWork(Timed):
 
     def announce(self) -> None:
         """Log what is trained and validated on."""
+        if self.base is not None:
+            through = ", ".join(side for side in self.data.rows.sides if side != self.added)
+            log.info("adding %s to %s, through %s", self.added, self.config.into, through)
         announce_sides(self.data)
 
     def counts(self) -> dict[str, int]:
@@ -69,39 +69,30 @@ class SidesWork(Timed):
         val = self.data.val
         return {"train": self.data.trained, "validation": val.count if val else 0}
 
-    def trainer(
-        self, adapter: Adapter, phase: Phase = FIRST, timer: Timer | None = None
-    ) -> Trainer:
-        """Build the trainer of a phase."""
-        config, data, added = self.config, self.data, self.added
-        leave_out = None if self.refits(phase) else data.held_out
-        sampler = Sampler(data, leave_out, once=config.caption_weights)
+    def sampler(self, phase: Phase = FIRST) -> Sampler:
+        """See `Job.sampler`."""
+        leave_out = None if self.refits(phase) else self.data.held_out
+        return Sampler(self.data, leave_out, once=self.config.caption_weights)
 
-        def load(size: int, seed: int, device: torch.device, unpaired: int) -> SidesLoader:
-            return SidesLoader(data, sampler, size, seed, device, unpaired, added)
+    def load(
+        self, sampler: Any, size: int, seed: int, device: torch.device, unpaired: int
+    ) -> SidesLoader:
+        """See `Job.load`."""
+        return SidesLoader(self.data, sampler, size, seed, device, unpaired, self.added)
 
-        validation = None
-        if (val := data.val) is not None:
-            validation = Validation(lambda own: validate_sides(own, val, added), val.count)
-        source = Source(
-            items=len(sampler),
-            load=load,
-            scale=partial(scale_of_sides, rows=data.val, to=added),
-            fitting=None,
-            validation=validation,
-            loss=partial(SidesLoss, hub=config.hub and side_of(config.hub)),
-        )
-        return build_trainer(
-            adapter,
-            source,
-            config.group(ObjectiveOptions),
-            config.group(OptimizerOptions),
-            captions=config.captions,
-            device=config.device,
-            seed=config.seed,
-            phase=phase,
-            timer=timer,
-        )
+    def loss(self, objective: ObjectiveOptions, **values: Any) -> SidesLoss:
+        """See `Job.loss`."""
+        return SidesLoss(objective, hub=self.config.hub and side_of(self.config.hub), **values)
+
+    def scale(self, adapter: Adapter) -> float:
+        """See `Job.scale`."""
+        return scale_of_sides(adapter, self.data.val, self.added)
+
+    def validation(self) -> Validation | None:
+        """See `Job.validation`."""
+        if (val := self.data.val) is None:
+            return None
+        return Validation(lambda own: validate_sides(own, val, self.added), val.count)
 
     def initialize(self) -> Start:
         """Choose a closed form."""
@@ -139,15 +130,8 @@ class SidesWork(Timed):
         """Train the network, in the main process, and again on all items if it is refitted."""
         data = self.data
         networks, decided = train_networks(self, run, log_lines)
-        total = int(data.together.sum())
-        refit = f"not refitted: {data.no_refit}"
-        if data.refits:
-            refit = (
-                f"refitted on all {total:,} items, the {total - data.trained:,} held out included; "
-                "the figures are those before it"
-            )
-            log_lines([{"step": decided.made, "refit": {"pairs": total, "steps": decided.best}}])
-        log.info("%s", refit)
+        counts = int(data.together.sum()), data.trained
+        refit = announce_refit(data, decided, *counts, log_lines, "items", 1)
         if not self._combines:
             adapter = self.complete(networks[-1])
             return Trained(adapter, adapter, decided, "", refit)
@@ -197,17 +181,14 @@ def sides_work(config: TrainConfig) -> SidesWork | None:
         base = load_adapter_with_info(config.into)[0]
         sides = _sides_with(base, side_of(config.add_side), sides, config)
     check_several(config, sides)
-    data = load_sides_data(features, config.group(DataOptions), sides, config.seed)
-    if base is None:
+    new = None if base is None else side_of(str(config.add_side))
+    data = load_sides_data(features, config.group(DataOptions), sides, config.seed, new)
+    if base is None or new is None:
         return SidesWork(config, data, kinds_of(config.group(AdapterOptions), sides))
     _check_encoders(features, base, config)
-    rows = {side: own for side, own in data.rows.sides.items() if side in base.names}
-    added = [side for side in sides if side not in base.names]
-    kinds = kinds_of(config.group(AdapterOptions), (*added, *sides))
-    kinds = {side: kinds[side] if side in added else FROZEN for side in sides}
+    kinds = dict.fromkeys(sides, FROZEN) | kinds_of(config.group(AdapterOptions), (new,))
     held = data.val
     data = replace(data, rows=_aligned(base, data.rows), val=held and _aligned(base, held))
-    log.info("adding %s to %s, through %s", added[0], config.into, ", ".join(rows))
     return SidesWork(config, data, kinds, base)
 
 
