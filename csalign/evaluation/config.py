@@ -109,7 +109,7 @@ class MeasureOptions(Config):
         "exact", description="Rank all items, or the 100 nearest by an approximate FAISS index."
     )
     subsets: bool = Field(
-        True, description="With three sides or more, also retrieve by several of them at once."
+        True, description="Also retrieve by several sides at once, if there are three or more."
     )
     intervals: bool = Field(True, description="95 % bootstrap intervals over images.")
     resamples: int = Field(1_000, ge=100, le=100_000, description="Bootstrap resamples.")

@@ -201,13 +201,13 @@ def test_epochs_are_passes_over_the_training_pairs(
 @pytest.mark.parametrize(
     ("arguments", "redirection", "code"),
     [
-        (["inspect", "s"], ">&-", 0),
+        (["inspect", "s", "-q"], ">&-", 0),
         (["inspect", "nowhere"], ">&- 2>&-", 1),
         (["--help"], ">/dev/full", 1),
         (["train", "--help"], ">/dev/full", 1),
         (["--version"], ">/dev/full", 1),
         (["recipes"], ">&-", 0),
-        (["inspect", "s"], "<&- >/dev/null", 0),
+        (["inspect", "s", "-q"], "<&- >/dev/null", 0),
     ],
 )
 def test_closed_and_full_streams_end_in_an_exit_code(
@@ -223,7 +223,7 @@ def test_closed_and_full_streams_end_in_an_exit_code(
     assert done.stderr.count("\n") <= 1
 
 
-@pytest.mark.parametrize("arguments", ["--help", "train --help-all", "recipes", "inspect s"])
+@pytest.mark.parametrize("arguments", ["--help", "train --help-all", "recipes", "inspect s -q"])
 def test_a_reader_that_goes_away_ends_the_command_as_sigpipe_would(
     place: Path, arguments: str
 ) -> None:
