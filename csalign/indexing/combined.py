@@ -5,8 +5,8 @@ import numpy as np
 from csalign.core.arrays import Floats, Ints
 from csalign.features.checks import scaled
 from csalign.indexing.vectors import VectorIndex
+from csalign.metrics.sides import TEMPERATURE
 
-TEMPERATURE = 0.1  # of the weights, as in the paper
 CANDIDATES, PER_HIT = 200, 10  # of each search: at least so many, and so many per hit
 
 

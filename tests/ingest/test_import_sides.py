@@ -16,6 +16,7 @@ from csalign.core.errors import ConfigError, CsalignError, DataError, OutputErro
 from csalign.core.results import FeaturesResult
 from csalign.features.reader import FeatureSet
 from csalign.features.sides import SidedRows, load_sides
+from csalign.ingest import import_sides
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays
 
@@ -82,7 +83,7 @@ def test_a_wide_table_names_rows_by_id_or_number(files: dict[str, Path], tmp_pat
     assert result.counts["by_sides"] == {"1": 31, "2": 1, "3": 1}
     assert result.counts["pairs"] == {"image": {"text": 2, "audio": 2}, "text": {"audio": 2}}
     assert result.pairing == (
-        f"{tmp_path}/items.csv (audio by row number from 0, text + image by id)"
+        f"{tmp_path}/items.csv (audio by row number from 0, text by id, image by id)"
     )
 
 
@@ -174,6 +175,54 @@ def test_a_common_column_joins_sides(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert result.counts is not None
     assert result.counts["pairs"]["text"] == {"audio": 3, "video": 0}
     assert "no row of video shares an item" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ({"id": [*map(str, range(4))]}, {"id": [*map(str, range(12))]}),  # each counts its own rows
+        ({"speaker_id": [*"aabb"]}, {"speaker_id": [*"aaaabbbbbbbb"]}),  # a class
+        ({"file": ["1.wav", "2.wav", "3.wav", "4.wav"]}, {"file": [f"{n}.txt" for n in range(12)]}),
+    ],
+)
+def test_a_column_that_may_be_by_chance_joins_only_when_named(
+    tmp_path: Path, one: dict[str, Any], two: dict[str, Any]
+) -> None:
+    sides = {
+        "audio": table(tmp_path / "a.parquet", numbers(4, 4), **one),
+        "text": table(tmp_path / "t.parquet", numbers(12, 3), **two),
+    }
+    with pytest.raises(DataError, match="no column joins the sides"):
+        import_arrays(ImportConfig(side=sides, out=tmp_path / "set"))
+    import_arrays(ImportConfig(side=sides, out=tmp_path / "set", pair_by=next(iter(one))))
+
+
+def test_words_for_missing_values_are_no_items(tmp_path: Path) -> None:
+    sides = {
+        name: table(tmp_path / f"{name}.parquet", numbers(4, 4), item=["x", "nan", "None", " "])
+        for name in ("audio", "text")
+    }
+    result = import_arrays(ImportConfig(side=sides, out=tmp_path / "set"))
+
+    assert result.counts is not None
+    assert result.counts == {
+        "items": 7,
+        "by_sides": {"1": 6, "2": 1},
+        "pairs": {"text": {"audio": 1}},
+    }
+
+
+def test_the_first_column_with_common_values_joins(tmp_path: Path) -> None:
+    sides = {
+        name: table(
+            tmp_path / f"{name}.parquet",
+            numbers(3, 4),
+            file=[f"{own}.{name}" for own in "abc"],
+            hash=["1f", "2f", "3f"],
+        )
+        for name in ("audio", "text")
+    }
+    assert import_arrays(ImportConfig(side=sides, out=tmp_path / "set")).pairing == "hash"
 
 
 def test_texts_name_their_images(tmp_path: Path) -> None:
@@ -331,6 +380,57 @@ def test_sides_are_added_to_a_set_of_two(tmp_path: Path) -> None:
     csalign.split(out, test=0.5, overwrite=True)
     counts = FeatureSet.open(out).splits()
     assert counts["test"] == {"images": 20, "texts": 20, "depth": 20}
+
+
+def test_a_side_is_added_by_the_ids_that_fit(tmp_path: Path) -> None:
+    sides = {
+        name: table(
+            tmp_path / f"{name}.parquet",
+            numbers(3, 4),
+            id=[f"{name}{row}" for row in range(3)],
+            item=[*"xyz"],
+        )
+        for name in ("audio", "text")
+    }
+    out = tmp_path / "set"
+    import_arrays(ImportConfig(side=sides, out=out))
+    depth = table(tmp_path / "d.parquet", numbers(2, 3), id=["audio2", "audio0"])
+    added = import_arrays(ImportConfig(side={"depth": depth}, out=out, add=True))
+
+    assert added.pairing == "item; depth: id of audio"
+    assert items_of(out, "depth") == ["z", "x"]
+
+
+def test_a_side_is_added_to_texts_alone(tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    texts = table(tmp_path / "t.parquet", numbers(3, 4), text_id=[*"abc"])
+    csalign.import_arrays(texts=texts, out=out)
+    audio = table(tmp_path / "a.parquet", numbers(2, 3), text_id=["c", "a"])
+    added = import_arrays(ImportConfig(side={"audio": audio}, out=out, add=True))
+
+    assert added.counts is not None
+    assert added.counts["by_sides"] == {"1": 1, "2": 2}
+    assert items_of(out, "audio") == ["c", "a"]
+
+
+def test_an_addition_to_a_set_that_another_changes_is_refused(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(files, "item,audio,text,image\na,1,t1,100\n")
+    np.save(tmp_path / "depth.npy", numbers(4, 3))
+    depth = {"side": {"depth": tmp_path / "depth.npy"}, "add": True}
+    read = import_sides.read_label_table
+
+    def change(path: Path) -> Any:
+        monkeypatch.setattr(import_sides, "read_label_table", read)
+        np.save(tmp_path / "heat.npy", numbers(4, 3))
+        run(files, None, side={"heat": tmp_path / "heat.npy"}, add=True, pairs=path)
+        return read(path)
+
+    monkeypatch.setattr(import_sides, "read_label_table", change)
+    with pytest.raises(DataError, match="was changed meanwhile; run the same command again"):
+        run(files, "text,depth,heat\nt1,0,0\n", **depth)
+    assert FeatureSet.open(tmp_path / "set").sides == ("image", "text", "audio", "heat")
 
 
 def test_arrays_in_memory(tmp_path: Path) -> None:
