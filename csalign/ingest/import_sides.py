@@ -231,7 +231,7 @@ def _link(
     changes: dict[str, Any] = {"sides": {**manifest.sides, **written.sides}, "pairing": how}
     if (made := manifest.splits) is not None:  # which stand for the stored columns of all sides
         files = {
-            name: write_splits(folder, name, side.ids, pc.fill_null(filled[name], TRAIN))
+            name: write_splits(folder, side_of(name), side.ids, pc.fill_null(filled[name], TRAIN))
             for name, side in new.items()
         }
         changes["splits"] = made.model_copy(update={"sides": {**made.sides, **files}})

@@ -505,6 +505,34 @@ def test_copies_of_a_side_stay_together(tmp_path: Path) -> None:
     assert "items in 30 groups" in result.kept_together
 
 
+def test_copies_with_other_captions_stay_together_and_stored_splits_are_of_items(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    audio = numbers(60, 8)
+    audio[30:] = audio[:30]
+    splits = ["test", *[None] * 59]
+    sides = {
+        "audio": table(
+            tmp_path / "a.parquet",
+            audio,
+            item=[*map(str, range(60))],
+            caption=[f"sound {row}" for row in range(60)],
+            split=splits,
+        ),
+        "text": table(tmp_path / "t.parquet", numbers(60, 4), item=[*map(str, range(60))]),
+    }
+    out = tmp_path / "set"
+    import_arrays(ImportConfig(side=sides, out=out, val=10))
+    found = items_of(out, "audio", "split")
+
+    assert found[0] == "test"
+    assert found[30] == "train"
+    assert found[1:30] == found[31:]
+    assert items_of(out, "text", "split") == found
+    assert FeatureSet.open(out).splits()["val"] == {"images": 0, "texts": 10, "audio": 10}
+    assert "1 item in train, where copies, near-duplicates or captions" in caplog.text
+
+
 def test_two_sides_are_copied_by_item_with_their_splits(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
