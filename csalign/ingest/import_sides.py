@@ -78,7 +78,9 @@ def import_sides(config: ImportConfig, progress: Progress = silent) -> FeaturesR
         text[schema.IMAGE_ID] = image[schema.ID].take(places)
     given = dict.fromkeys(vectors, schema.UNKNOWN) | (config.encoder or {})
     encoders = {name: encoder_of(given[name], own) for name, own in vectors.items()}
-    dtype = config.dtype or dtype_of(vectors.values()) if old is None else old.manifest.dtype
+    dtype = config.dtype or dtype_of(vectors.values())
+    if old is not None and dtype != (dtype := old.manifest.dtype):
+        logger.info("stored as %s, as the other sides of %s", dtype, config.out)
     with outputs.atomic_folder(config.out) as folder:
         atomic.write_text(folder / "config.toml", config.to_toml())
         with FeatureWriter(folder, encoders, dtype, pairing=items.how, items=True) as writer:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -99,9 +100,9 @@ def join_items(sides: Sequence[SideKeys], table: Labels | None, by: str | None) 
     if table is not None:
         return _by_table(sides, table)
     for name in _candidates(sides) if by is None else [] if by == ORDER else [by]:
-        found = _columns_of(sides, name)
+        found = {side: Keys(own) for side, own in _columns_of(sides, name).items()}
         is_there = len(found) > 1 and all(side.name in found for side in sides if side.is_new)
-        if is_there and (by is not None or _may_join(name, sides, found)):
+        if is_there and (by is not None or _may_join(name, sides, [*found.values()])):
             return _by_values(sides, found, name)
     listed = "; ".join(
         f"{own.name}: {', '.join(own.labels.names) or 'none'}" for own in sides if own.is_new
@@ -274,7 +275,7 @@ def _line_keys_of_set(
     known = pa.chunked_array([side.known for side in old]).unique().drop_null()
     keys = pa.nulls(table.rows, pa.large_string())
     if given is not None:
-        values, _ = _alike([given, known])
+        values, _ = _alike([Keys(given), Keys(known)])
         keys = pc.coalesce(known.take(pc.index_in(values[0], value_set=values[1])), given)
     for side in old:
         found = rows.get(side.name, np.full(table.rows, -1))
@@ -364,16 +365,16 @@ def _values(side: SideKeys, name: str) -> pa.Array | None:
     is_item, is_own = plain in ITEMS, plain == f"{plain_name(side.name)}_id"
     if side.known is not None:
         return side.known if is_item else side.ids if is_own or plain in ITEM_IDS else None
-    names = ITEMS if is_item else (plain,)
+    names = [*ITEMS] if is_item else [plain]
     if is_item and side.name == "text":
-        names = (*ITEMS, "image_id")  # as in feature sets of images and texts alone
+        names.append("image_id")  # as in feature sets of images and texts alone
     column = side.labels.find(names)
     if column is None and side.key is not None and (is_own or (is_item and side.name == "image")):
         return side.ids
     return column
 
 
-def _may_join(name: str, sides: Sequence[SideKeys], found: Mapping[str, pa.Array]) -> bool:
+def _may_join(name: str, sides: Sequence[SideKeys], keys: Sequence[Keys]) -> bool:
     """Return whether a column that nobody named may be keys of items.
 
     One of items, or of the rows of a side, is. Any other is unless most of its values repeat, as
@@ -382,24 +383,25 @@ def _may_join(name: str, sides: Sequence[SideKeys], found: Mapping[str, pa.Array
     plain = plain_name(name)
     if plain in ITEMS or any(plain == f"{plain_name(side.name)}_id" for side in sides):
         return True
-    keys = [Keys(own) for own in found.values()]
-    distinct = [own.distinct for own in keys]
     if all(own.are_few for own in keys):
         return False
-    if len({*distinct}) > 1 and all(
+    if len({own.distinct for own in keys}) > 1 and all(
         own.bounds in ((0, len(own.values) - 1), (1, len(own.values))) for own in keys
     ):
         return False
-    values, _ = _alike([*found.values()])
-    return bool(pc.count_distinct(pa.chunked_array(values)).as_py() < sum(distinct))
+    values, _ = _alike(keys)
+    count = pc.count_distinct(pa.chunked_array(values)).as_py()
+    return cast(bool, count < sum(own.distinct for own in keys))
 
 
-def _alike(columns: Sequence[pa.Array]) -> tuple[list[pa.Array], str]:
+def _alike(keys: Sequence[Keys]) -> tuple[list[pa.Array], str]:
     """Remove spaces and words for missing keys, and spell numbers alike, as 7 and "007"."""
-    keys = [Keys(column) for column in columns]
     plain, numbers = ([own.form(name) for own in keys] for name in ("without spaces", "as numbers"))
-    if all(own is not None for own in numbers) and all(
-        own.keep_apart("as numbers") for own in keys
+    # Where no number changes, neither form joins more.
+    if (
+        None not in numbers
+        and plain != numbers
+        and all(own.keep_apart("as numbers") for own in keys)
     ):
         before, after = (pc.count_distinct(pa.chunked_array(own)) for own in (plain, numbers))
         if after.as_py() < before.as_py():
@@ -407,7 +409,7 @@ def _alike(columns: Sequence[pa.Array]) -> tuple[list[pa.Array], str]:
     return plain, ""
 
 
-def _by_values(sides: Sequence[SideKeys], found: Mapping[str, pa.Array], name: str) -> Items:
+def _by_values(sides: Sequence[SideKeys], found: Mapping[str, Keys], name: str) -> Items:
     """Make the rows of equal values one item."""
     values, form = _alike([*found.values()])
     keys, plain, where = dict(zip(found, values, strict=True)), plain_name(name), ""
