@@ -190,8 +190,11 @@ class _Rows:
         names = None if self.split == ALL else sorted(map(str, split_names(self.split, ())))
         found = {}
         for side in self.features.sides:
-            table, is_joined = self.features.table(side), isinstance(side, Modality)
-            rows = self.joined.side(side)[0] if is_joined else select_rows(table, names)
+            table = self.features.table(side)
+            if isinstance(side, Modality):
+                rows = self.joined.side(side)[0]
+            else:
+                rows = select_rows(table, names)
             found[side] = np.arange(len(table)) if rows is None else rows
         return found
 

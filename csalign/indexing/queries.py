@@ -137,8 +137,8 @@ class QueryEncoder:
                 max_tokens=known.preprocessing.get("max_tokens") if with_tokens else None,
             )
             log.info("loading %s", spec)
-            specs = [spec if side is own else None for own in Modality]
-            encoder: Any = load_encoders(*specs, options).side(side)
+            image, text = (spec if side is own else None for own in Modality)
+            encoder: Any = load_encoders(image, text, options).side(side)
         except CsalignError as error:
             if self.options.encoder is not None:
                 raise

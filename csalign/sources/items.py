@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from csalign.core.arrays import Ints, Mask
+from csalign.core.arrays import Ints
 from csalign.core.config import did_you_mean
 from csalign.core.errors import DataError
 from csalign.core.figures import counted
@@ -224,10 +224,8 @@ def _find_rows(table: Labels, side: SideKeys, cells: pa.Array, by_row: bool) -> 
                 "or leave them empty"
             )
     is_number = pc.fill_null(pc.match_substring_regex(cells, r"^\d{1,15}(\.0*)?$"), True)
-    numbers = pc.replace_substring_regex(
-        pc.if_else(is_number, cells, pa.scalar(None, cells.type)), r"\..*$", ""
-    ).cast(pa.int64())
-    rows = pc.fill_null(numbers, -1).to_numpy(zero_copy_only=False)
+    numbers = pc.if_else(is_number, cells, pa.scalar(None, cells.type)).cast(pa.float64())
+    rows = pc.fill_null(numbers, -1).to_numpy().astype(np.int64)
     is_wrong = ~is_number.to_numpy(zero_copy_only=False) | (rows >= len(side))
     if is_wrong.any():
         line = int(np.flatnonzero(is_wrong)[0])
@@ -248,17 +246,14 @@ def _line_keys(
     if blank := int((~is_used).sum()):
         log.warning("%s: %s without a row of any side", table.name, counted(blank, "line"))
     given = None if item is None else trimmed(table.column(item))
-    if given is not None and (lines := np.flatnonzero(is_used & ~_is_known(given))).size:
+    if given is not None and (lines := np.flatnonzero(is_used & given.is_null())).size:
         raise DataError(f"{table.where(int(lines[0]))}: has no {item}; give one to every line")
-    if old := [side for side in sides if not side.is_new]:
-        return _line_keys_of_set(old, table, rows, given), ""
-    if given is not None:
-        return given, ""
+    old = [side for side in sides if not side.is_new]
+    if old or given is not None:
+        return _line_keys_of_set(old, table, rows, given) if old else given, ""
     numbers = row_numbers(table.rows)
-    repeats = {
-        name: int((found >= 0).sum()) - len(np.unique(found[found >= 0]))
-        for name, found in rows.items()
-    }
+    named = {name: found[found >= 0] for name, found in rows.items()}
+    repeats = {name: len(found) - len(np.unique(found)) for name, found in named.items()}
     if not any(repeats.values()):
         return numbers, ""
     often = max(repeats, key=lambda name: repeats[name])
@@ -280,7 +275,7 @@ def _line_keys_of_set(
     for side in old:
         found = rows.get(side.name, np.full(table.rows, -1))
         own = pc.take(side.known, pa.array(found, mask=found < 0))
-        alone = np.flatnonzero((found >= 0) & ~_is_known(own))
+        alone = np.flatnonzero((found >= 0) & own.is_null())
         other = pc.not_equal(own, keys).index(True).as_py()
         if len(alone) or other >= 0:
             line = int(alone[0]) if len(alone) else other
@@ -296,19 +291,12 @@ def _line_keys_of_set(
     return pc.coalesce(keys, _apart(row_numbers(table.rows), known))
 
 
-def _is_known(values: pa.Array) -> Mask:
-    known: Mask = values.is_valid().to_numpy(zero_copy_only=False)
-    return known
-
-
 def _apart(numbers: pa.Array, taken: pa.Array) -> pa.Array:
     """Return keys of lines of which none is taken."""
     prefix = "line "
-    while True:
-        found = pc.replace_substring_regex(numbers, "^", prefix)
-        if not pc.any(pc.is_in(found, value_set=taken)).as_py():
-            return found
+    while pc.any(pc.starts_with(taken, prefix)).as_py():
         prefix = f"new {prefix}"
+    return pc.replace_substring_regex(numbers, "^", prefix)
 
 
 def _line_of(table: Labels, side: SideKeys, rows: Ints, keys: pa.Array, codes: Ints) -> Ints:

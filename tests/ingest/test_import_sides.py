@@ -14,9 +14,9 @@ from csalign.core import outputs
 from csalign.core.enums import side_of
 from csalign.core.errors import ConfigError, CsalignError, DataError, OutputError
 from csalign.core.results import FeaturesResult
+from csalign.features import schema
 from csalign.features.reader import FeatureSet
 from csalign.features.sides import SidedRows, load_sides
-from csalign.ingest import import_sides
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays
 
@@ -414,23 +414,21 @@ def test_a_side_is_added_to_texts_alone(tmp_path: Path) -> None:
 
 
 def test_an_addition_to_a_set_that_another_changes_is_refused(
-    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: dict[str, Path], tmp_path: Path
 ) -> None:
     run(files, "item,audio,text,image\na,1,t1,100\n")
-    np.save(tmp_path / "depth.npy", numbers(4, 3))
-    depth = {"side": {"depth": tmp_path / "depth.npy"}, "add": True}
-    read = import_sides.read_label_table
+    out = tmp_path / "set"
+    np.save(tmp_path / "depth.npy", numbers(12, 3))
 
-    def change(path: Path) -> Any:
-        monkeypatch.setattr(import_sides, "read_label_table", read)
-        np.save(tmp_path / "heat.npy", numbers(4, 3))
-        run(files, None, side={"heat": tmp_path / "heat.npy"}, add=True, pairs=path)
-        return read(path)
+    def change(*_: Any) -> None:
+        changed = schema.read_manifest(out).model_copy(update={"pairing": "of another process"})
+        schema.write_manifest(out, changed)
 
-    monkeypatch.setattr(import_sides, "read_label_table", change)
+    side = {"depth": tmp_path / "depth.npy"}
+    config = ImportConfig(side=side, out=out, add=True, pair_by="order")
     with pytest.raises(DataError, match="was changed meanwhile; run the same command again"):
-        run(files, "text,depth,heat\nt1,0,0\n", **depth)
-    assert FeatureSet.open(tmp_path / "set").sides == ("image", "text", "audio", "heat")
+        import_arrays(config, change)
+    assert FeatureSet.open(out).sides == ("image", "text", "audio")
 
 
 def test_arrays_in_memory(tmp_path: Path) -> None:
