@@ -101,6 +101,13 @@ def import_sides(config: ImportConfig, progress: Progress = silent) -> FeaturesR
                 *(config.out, name, items.how),
             )
     counts = features.manifest.counts
+    shared = counted["pairs"].get("image", {}).get("text", 0)
+    if not features.is_sided and counts.pairs < shared:
+        logger.warning(
+            "%s: texts of items with several images are paired with the first of these, %d of %d "
+            "pairs; to keep all, make each image an item, with a row of its text",
+            *(config.out, counts.pairs, shared),
+        )
     return FeaturesResult(
         *(config.out, counts.images, counts.texts, counts.pairs, 0),
         pairing=features.manifest.pairing,
@@ -174,10 +181,11 @@ def _fill_splits(sides: Sequence[SideKeys], items: Items) -> dict[str, pa.Array]
     stated = [(side.name, side.labels, items.keys[side.name]) for side in sides]
     stated += [] if items.lines is None else [("", *items.lines)]
     keys = pa.chunked_array([own for _, _, own in stated]).combine_chunks().dictionary_encode()
-    splits = pa.chunked_array([_splits_of(labels) for _, labels, _ in stated]).combine_chunks()
+    none = pa.nulls(max(labels.rows for _, labels, _ in stated), pa.large_string())
+    columns = [labels.find((schema.SPLIT,), none[: labels.rows]) for _, labels, _ in stated]
+    splits = usual_splits(pa.chunked_array(columns).combine_chunks())
     codes = keys.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    none = pa.nulls(len(keys.dictionary), pa.large_string())
-    _, filled, bad = fill_splits(none, splits, codes)
+    _, filled, bad = fill_splits(pa.nulls(len(keys.dictionary), pa.large_string()), splits, codes)
     found, start = {}, 0
     for name, labels, own in stated:
         if bad is not None and start <= bad < start + len(own):
@@ -189,10 +197,6 @@ def _fill_splits(sides: Sequence[SideKeys], items: Items) -> dict[str, pa.Array]
         found[name] = filled.slice(start, len(own))
         start += len(own)
     return found
-
-
-def _splits_of(labels: Labels) -> pa.Array:
-    return usual_splits(labels.find((schema.SPLIT,), pa.nulls(labels.rows, pa.large_string())))
 
 
 def _columns(side: SideKeys, items: Items, splits: pa.Array) -> dict[str, pa.Array]:

@@ -382,6 +382,18 @@ def test_sides_are_added_to_a_set_of_two(tmp_path: Path) -> None:
     assert counts["test"] == {"images": 20, "texts": 20, "depth": 20}
 
 
+def test_pairs_that_two_sides_lose_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sides = {
+        "image": table(tmp_path / "i.parquet", numbers(3, 4), id=[*"abc"], item=[*"xxy"]),
+        "text": table(tmp_path / "t.parquet", numbers(2, 3), item=[*"xy"]),
+    }
+    import_arrays(ImportConfig(side=sides, out=tmp_path / "set"))
+
+    assert "several images are paired with the first of these, 2 of 3 pairs" in caplog.text
+
+
 def test_a_side_is_added_by_the_ids_that_fit(tmp_path: Path) -> None:
     sides = {
         name: table(
