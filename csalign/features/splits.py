@@ -450,7 +450,7 @@ def divide(folder: Path, settings: SplitSettings, *, overwrite: bool = False) ->
         if made.settings != settings:
             raise DataError(
                 f"{folder}: is divided by {made.settings.options}, not {settings.options}; replace "
-                "the splits with --overwrite"
+                f"the splits: csalign split {folder} {settings.options} --overwrite"
             )
         return describe_splits(FeatureSet.open(folder))
     return make_splits(FeatureSet.open(folder, stored_splits=True), settings)

@@ -282,7 +282,7 @@ def divide_unfinished(folder: Path, settings: SplitSettings | None, out: Path) -
     try:
         made = divide(folder, settings)
     except DataError as error:  # which names the unfinished folder
-        raise DataError(str(error).replace(str(folder), str(out), 1)) from None
+        raise DataError(str(error).replace(str(folder), str(out))) from None
     if made.groups:
         logger.info("%s", made.kept_together)
 

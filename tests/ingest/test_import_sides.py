@@ -454,6 +454,10 @@ def test_arrays_in_memory(tmp_path: Path) -> None:
     assert result.counts is not None
     assert result.counts["pairs"] == {"text": {"audio": 2, "video": 2}, "audio": {"video": 1}}
 
+    frame = pd.DataFrame({**items, "video": pd.array([1, None, 2], dtype="Int64")})
+    again = csalign.import_arrays(sides=sides, items=frame, out=tmp_path / "again")
+    assert again.counts == result.counts
+
 
 def test_all_rows_of_an_item_are_in_one_split(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
