@@ -93,6 +93,11 @@ class _Inputs(ExitStack):
             folder = self._new(IN_MEMORY, "arrays")
             write_arrays(folder, *value)
             return folder
+        if option in ("pairs", "items") and hasattr(value, "keys"):  # columns, as of a table
+            path = self._new("items.json", "items")
+            names = [*value.keys()]
+            path.write_text(json.dumps({str(name): _cells(value[name]) for name in names}))
+            return path
         if is_array(value) or (option == "embedding" and isinstance(value, list)):
             import numpy as np
 
@@ -100,10 +105,6 @@ class _Inputs(ExitStack):
             np.save(path, as_array(value, option))
             return path
         if isinstance(value, Mapping):
-            if option in ("pairs", "items"):  # columns, as of a table
-                path = self._new("items.json", "items")
-                path.write_text(json.dumps({name: _cells(own) for name, own in value.items()}))
-                return path
             return {name: self.place(name, own) for name, own in value.items()}
         if hasattr(value, "embed_images"):
             folder = self._new("adapter", "adapter")
@@ -137,7 +138,7 @@ class _Inputs(ExitStack):
 def _cells(values: Any) -> list[str | None]:
     """Return the values of a column as texts, None for what is missing."""
     values = values.tolist() if hasattr(values, "tolist") else list(values)
-    return [None if own is None or own != own else str(own) for own in values]
+    return [None if own is None else str(own) for own in values]  # "nan" is missing there too
 
 
 def _positional(config: type[Config]) -> list[str]:

@@ -93,13 +93,9 @@ def _splits(summary: Mapping[str, Any]) -> str:
     if set(splits) <= {NO_SPLIT}:
         return "none"
     order = sorted(splits, key=lambda name: ("train", "val", "test", name).index(name))
-    sides = ["images", "texts"]
-    if further := [side for own in splits.values() for side in own if side not in sides]:
-        sides = [
-            side
-            for side in dict.fromkeys([*sides, *further])
-            if any(own[side] for own in splits.values())
-        ]
+    sides = [*next(iter(splits.values()))]
+    if len(sides) > len(Modality):
+        sides = [side for side in sides if any(own[side] for own in splits.values())]
     counts = [f"{name} " + " + ".join(f"{splits[name][own]:,}" for own in sides) for name in order]
     return f"{', '.join(counts)} ({renamed(' + '.join(sides), summary.get('names'))})"
 

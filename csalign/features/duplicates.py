@@ -9,6 +9,7 @@ import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -254,13 +255,16 @@ def merge_pairs(n: int, first: Ints, second: Ints) -> Ints:
 
 def hash_ids(images: FeatureTable) -> Hashes:
     """Hash the id of each image, (n,), alike on every machine."""
-    chunks = images.column(schema.ID).chunks
-    return hash_names(name for chunk in chunks for name in chunk.to_pylist())
+    return hash_names(images.column(schema.ID))
 
 
-def hash_names(names: Iterable[str]) -> Hashes:
-    """Hash n names, (n,), alike on every machine."""
-    parts = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names]
+def hash_names(names: Any) -> Hashes:
+    """Hash n names of Arrow, (n,), alike on every machine."""
+    parts = [
+        hashlib.blake2b(name.encode(), digest_size=8).digest()
+        for start in range(0, len(names), BATCH)
+        for name in names[start : start + BATCH].to_pylist()
+    ]
     return np.frombuffer(b"".join(parts), "<u8").astype(np.uint64)
 
 

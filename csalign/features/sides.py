@@ -153,11 +153,12 @@ def item_column(features: FeatureSet, side: AnySide, rows: Ints | None = None) -
     """Read the key of the item of each row (ascending; None is all), null for none, (n,).
 
     Where images and texts have no column of items, an image is an item of its id, and a text
-    belongs to that of its image.
+    belongs to that of its image, or is one itself where there are no images.
     """
     name = schema.ITEM
     if isinstance(side, Modality) and not features.manifest.items:
-        name = schema.ID if side is Modality.IMAGE else schema.IMAGE_ID
+        is_of_image = side is Modality.TEXT and len(features.images)
+        name = schema.IMAGE_ID if is_of_image else schema.ID
     return features.table(side).strings(name, rows)
 
 
@@ -188,9 +189,16 @@ def number_items(
 
 
 def describe_sides(
-    features: FeatureSet, sides: Sequence[AnySide] | None = None
+    features: FeatureSet,
+    sides: Sequence[AnySide] | None = None,
+    items: Mapping[str, pa.Array] | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Count the rows, items and pairs of some sides (all by default); reads no embeddings.
+
+    Args:
+        features: a feature set.
+        sides: those to count.
+        items: the `item_column` of each side, if known.
 
     Returns:
         By side "rows", those that are "unpaired" (their item has no other side), "width" and
@@ -198,23 +206,30 @@ def describe_sides(
         "pairs" of rows of each two sides that share an item.
     """
     chosen = features.sides if sides is None else sides
-    columns = {side: item_column(features, side) for side in chosen}
-    numbers, keys = number_items(features, columns, dict.fromkeys(chosen))
-    rows = {side: np.bincount(numbers[side], minlength=len(keys)) for side in chosen}
+    columns = {
+        side: item_column(features, side) if items is None else items[side] for side in chosen
+    }
+    keys = pa.chunked_array([*columns.values()], pa.large_string()).unique().drop_null()
+    rows, alone = {}, {}
+    for side, column in columns.items():
+        found = pc.index_in(column, value_set=keys).drop_null().to_numpy()
+        rows[side] = np.bincount(found, minlength=len(keys))
+        alone[side] = len(column) - len(found)  # rows without an item, each of which is one
     present = np.sum([own > 0 for own in rows.values()], axis=0)
-    by_sides = np.bincount(present, minlength=2)[1:]
+    by_sides = np.bincount(present, minlength=len(chosen) + 1)
+    by_sides[1] += sum(alone.values())
     found = {
         str(side): {
-            "rows": len(numbers[side]),
-            "unpaired": int((present[numbers[side]] == 1).sum()),
+            "rows": len(columns[side]),
+            "unpaired": int(own[present == 1].sum()) + alone[side],
             "width": features.table(side).width,
             "encoder": features.table(side).encoder.spec,
         }
-        for side in chosen
+        for side, own in rows.items()
     }
     pairs = {
         str(one): {str(other): int(rows[one] @ rows[other]) for other in chosen[place + 1 :]}
         for place, one in enumerate(chosen[:-1])
     }
-    counts = {str(n): int(count) for n, count in enumerate(by_sides, 1) if count}
-    return found, {"items": len(keys), "by_sides": counts, "pairs": pairs}
+    counts = {str(n): int(count) for n, count in enumerate(by_sides) if n and count}
+    return found, {"items": int(by_sides.sum()), "by_sides": counts, "pairs": pairs}

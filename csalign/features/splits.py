@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from csalign.core import atomic
 from csalign.core.arrays import Ints, Mask
-from csalign.core.enums import Modality, usual_split
+from csalign.core.enums import AnySide, Modality, usual_split
 from csalign.core.errors import DataError
 from csalign.core.figures import counted
 from csalign.core.results import SplitResult
@@ -87,28 +87,53 @@ def make_splits(features: FeatureSet, settings: SplitSettings) -> SplitResult:
         grouped = group_images(features, joined)
     else:
         grouped = Grouped(np.arange(len(images)), hash_ids(images))
+    split = _placed(features, settings, grouped, sizes, is_candidate, stored)
+    files: dict[AnySide, schema.Shard] = {}
+    files[Modality.IMAGE] = write_splits(path, images.modality, images.column(schema.ID), split)
+    if len(texts):
+        of_texts = _split_texts(features, joined, split, grouped.keys)
+        files[Modality.TEXT] = write_splits(path, texts.modality, texts.column(schema.ID), of_texts)
+    return _finish(features, settings, grouped, files)
+
+
+def _placed(
+    features: FeatureSet,
+    settings: SplitSettings,
+    grouped: "Grouped",
+    sizes: Mapping[str, int],
+    is_candidate: Mask,
+    stored: pa.Array,
+) -> pa.Array:
+    """Return the split of each image or item, (n,), which `stored` may say already."""
+    is_free = _is_free(stored)
     placed = grouped.place(is_free, is_candidate, sizes, settings.seed)
-    groups = grouped.groups
-    _check_placed(features, groups, is_candidate, placed, sizes)
-    made_of = pa.array([TRAIN, *sizes]).take(pa.array(placed))
-    split = pc.if_else(pa.array(is_free), made_of, stored)
-    _warn_of_stored(path, groups, is_free, stored)
-    of_texts = _split_texts(features, joined, split, grouped.keys)
-    several = np.bincount(groups, minlength=1)
+    _check_placed(features, grouped.groups, is_candidate, placed, sizes)
+    _warn_of_stored(features, grouped.groups, is_free, stored)
+    made = pa.array([TRAIN, *sizes]).take(pa.array(placed))
+    return pc.if_else(pa.array(is_free), made, stored)
+
+
+def _finish(
+    features: FeatureSet,
+    settings: SplitSettings,
+    grouped: "Grouped",
+    files: Mapping[AnySide, schema.Shard],
+) -> SplitResult:
+    """Write the manifest with the files of splits, and describe them."""
+    several = np.bincount(grouped.groups, minlength=1)
     several = several[several > 1]
     made = Splits(
         settings=settings,
         threshold=grouped.threshold,
         groups=len(several),
         grouped=int(several.sum()),
-        images=write_splits(path, images.modality.plural, images.column(schema.ID), split),
-        texts=write_splits(path, texts.modality.plural, texts.column(schema.ID), of_texts)
-        if len(texts)
-        else None,
+        images=files.get(Modality.IMAGE),
+        texts=files.get(Modality.TEXT),
+        sides={side: own for side, own in files.items() if not isinstance(side, Modality)},
     )
     manifest = features.manifest.model_copy(update={"splits": made})
-    schema.write_manifest(path, manifest)
-    return describe_splits(FeatureSet.open(path))
+    schema.write_manifest(features.path, manifest)
+    return describe_splits(FeatureSet.open(features.path))
 
 
 def describe_splits(features: FeatureSet) -> SplitResult:
@@ -134,16 +159,28 @@ def describe_splits(features: FeatureSet) -> SplitResult:
 
 def _items_by_split(features: FeatureSet) -> dict[str, int]:
     """Count the items with rows of two sides or more, by split."""
-    sides = features.sides
-    items, keys = number_items(
-        features, {side: item_column(features, side) for side in sides}, dict.fromkeys(sides)
-    )
-    count, split = np.zeros(len(keys), np.int64), np.full(len(keys), None, object)
+    items, keys = _numbered(features)
+    names = pa.array([*features.splits()], pa.string())
+    split = np.empty(len(keys), np.int64)
     for side, of in items.items():
-        count[np.unique(of)] += 1
-        split[of] = features.table(side).column(schema.SPLIT).to_numpy()
-    names = pa.array(split[count > 1], pa.string()).value_counts().to_pylist()
-    return {own["values"] or "(none)": own["counts"] for own in names}
+        column = features.table(side).column(schema.SPLIT)
+        split[of] = pc.index_in(column, value_set=names).to_numpy()
+    counts = np.bincount(split[_sides_of(items, len(keys)) > 1], minlength=len(names))
+    return {
+        name or "(none)": int(count) for name, count in zip(names.to_pylist(), counts, strict=True)
+    }
+
+
+def _numbered(features: FeatureSet) -> tuple[dict[AnySide, Ints], pa.Array]:
+    """Number the items of all sides; see `number_items`."""
+    columns = {side: item_column(features, side) for side in features.sides}
+    return number_items(features, columns, dict.fromkeys(columns))
+
+
+def _sides_of(items: Mapping[AnySide, Ints], count: int) -> Ints:
+    """Count the sides that each of so many items has rows of, (count,)."""
+    found: Ints = np.sum([np.bincount(of, minlength=count) > 0 for of in items.values()], axis=0)
+    return found
 
 
 @dataclass(frozen=True)
@@ -225,61 +262,60 @@ def _is_free(stored: pa.Array) -> Mask:
 def _split_items(features: FeatureSet, settings: SplitSettings) -> SplitResult:
     """Divide the items of a set of any number of sides, with all of their rows.
 
-    Items with rows of two sides or more are counted and chosen. Those stay together whose images
-    are near-duplicates, or that share a caption or, up to `MOST_SHARING` of them, near-duplicates
-    of another side but texts.
+    Items with rows of two sides or more are counted and chosen. An item in another split than
+    train keeps it, for all of its rows.
     """
     tables = {side: features.table(side) for side in features.sides}
-    columns = {side: item_column(features, side) for side in tables}
-    items, keys = number_items(features, columns, dict.fromkeys(tables))
-    count, sides = len(keys), np.zeros(len(keys), np.int64)
-    stored = {side: table.column(schema.SPLIT).combine_chunks() for side, table in tables.items()}
-    is_free, links, threshold = np.ones(count, bool), Links(count), None
-    for side, table in tables.items():
-        of = items[side]
-        sides[np.unique(of)] += 1
-        is_free[of[~_is_free(stored[side])]] = False
-        if not settings.group or not len(table):
-            continue
-        is_described = side != Modality.IMAGE and table.column(schema.CAPTION).null_count == 0
-        if is_described or side == Modality.TEXT:
-            link_sharing(links, _caption_keys(table), of, count)
-        else:
-            own = Links(len(table))
-            found = link_near_duplicates(table, hash_ids(table), own)
-            threshold = found if threshold is None else threshold
-            if side == Modality.IMAGE:
-                links.add(of, of[own.groups()])
-            else:
-                link_sharing(links, own.groups(), of, count)
-    is_candidate = is_free & (sides > 1)
-    if not (sides > 1).any():
+    items, keys = _numbered(features)
+    count = len(keys)
+    chunks = [part for table in tables.values() for part in table.column(schema.SPLIT).chunks]
+    rows, of = pa.concat_arrays(chunks), np.concatenate([items[side] for side in tables])
+    held, row_of = np.flatnonzero(~_is_free(rows))[::-1], np.full(count, -1)
+    row_of[of[held]] = held  # the first of each item
+    stored = rows.take(pa.array(row_of, mask=row_of < 0))
+    is_paired = _sides_of(items, count) > 1
+    if not is_paired.any():
         raise DataError(f"{features.path}: no item has rows of two sides; splits are made by item")
+    is_candidate = is_paired & (row_of < 0)
     sizes = _sizes(features, settings, int(is_candidate.sum()))
-    names = pc.fill_null(keys, "").to_pylist()
-    groups = links.groups()
-    placed = Grouped(groups, hash_names(names)).place(is_free, is_candidate, sizes, settings.seed)
-    _check_placed(features, groups, is_candidate, placed, sizes)
-    made_of = pa.array([TRAIN, *sizes]).take(pa.array(placed))
-    files = {}
+    hashes, links, threshold = hash_names(pc.fill_null(keys, "")), Links(count), None
+    if settings.group:
+        threshold = _link_items(tables, items, count, links)
+    grouped = Grouped(links.groups(), hashes, threshold)
+    split = _placed(features, settings, grouped, sizes, is_candidate, stored)
+    files = {
+        side: write_splits(
+            features.path, side, table.column(schema.ID), split.take(pa.array(items[side]))
+        )
+        for side, table in tables.items()
+    }
+    return _finish(features, settings, grouped, files)
+
+
+def _link_items(
+    tables: Mapping[AnySide, FeatureTable], items: Mapping[AnySide, Ints], count: int, links: Links
+) -> float | None:
+    """Link some of `count` items by shared captions, and by near-duplicates of all but texts.
+
+    What more than `MOST_SHARING` items share, but copies of an image, is ignored. Returns the
+    threshold of near-duplicates.
+    """
+    threshold = None
     for side, table in tables.items():
-        split = made_of.take(pa.array(items[side]))
-        split = pc.if_else(pa.array(is_free[items[side]]), split, stored[side])
-        files[side] = write_splits(features.path, side.plural, table.column(schema.ID), split)
-    several = np.bincount(groups, minlength=1)
-    several = several[several > 1]
-    made = Splits(
-        settings=settings,
-        threshold=threshold,
-        groups=len(several),
-        grouped=int(several.sum()),
-        images=files.pop(Modality.IMAGE, None),
-        texts=files.pop(Modality.TEXT, None),
-        sides=files,
-    )
-    manifest = features.manifest.model_copy(update={"splits": made})
-    schema.write_manifest(features.path, manifest)
-    return describe_splits(FeatureSet.open(features.path))
+        of, is_text = items[side], side == Modality.TEXT
+        if not len(table):
+            continue
+        if is_text or (side != Modality.IMAGE and not table.column(schema.CAPTION).null_count):
+            link_sharing(links, _caption_keys(table), of, count)
+        if is_text:
+            continue
+        own = Links(len(table))
+        threshold = link_near_duplicates(table, hash_ids(table), own) or threshold
+        if side == Modality.IMAGE:
+            links.add(of, of[own.groups()])
+        else:
+            link_sharing(links, own.groups(), of, count)
+    return threshold
 
 
 def _sizes(features: FeatureSet, settings: SplitSettings, count: int) -> dict[str, int]:
@@ -351,15 +387,17 @@ def _check_placed(
             log.warning("%s", problem)
 
 
-def _warn_of_stored(path: Path, groups: Ints, is_free: Mask, stored: pa.Array) -> None:
-    """Warn of images for training whose group is also in a split that is stored."""
+def _warn_of_stored(features: FeatureSet, groups: Ints, is_free: Mask, stored: pa.Array) -> None:
+    """Warn of images or items for training whose group is also in a split that is stored."""
     in_stored, in_train = (np.isin(groups, groups[own]) & ~own for own in (~is_free, is_free))
     if in_stored.any():
         names = stored.filter(pa.array(in_train)).unique().to_pylist()
         log.warning(
             "%s: %s in train, where copies, near-duplicates or captions of them are in %s, as "
             "stored; remove these from train, or make the splits from a set without stored ones",
-            *(path, counted(int(in_stored.sum()), "image"), " and ".join(sorted(names))),
+            features.path,
+            counted(int(in_stored.sum()), _noun(features).removesuffix("s")),
+            " and ".join(sorted(names)),
         )
 
 
@@ -385,12 +423,11 @@ def _split_texts(
     return pc.fill_null(found.take(pa.array(held, mask=held < 0)), TRAIN)
 
 
-def write_splits(folder: Path, plural: str, ids: pa.Array, split: pa.Array) -> schema.Shard:
+def write_splits(folder: Path, side: AnySide, ids: pa.Array, split: pa.Array) -> schema.Shard:
     """Write the file of a side's splits, n strings each, in the order of its rows."""
-    name = f"{schema.SPLITS}/{plural}.parquet"
+    name = f"{schema.SPLITS}/{side.plural}.parquet"
     rows = pa.table({schema.ID: ids, schema.SPLIT: split}).cast(schema.splits_schema())
-    path = folder / schema.SPLITS / f"{plural}.parquet"
-    with atomic.atomic_path(path) as temporary:
+    with atomic.atomic_path(folder / name) as temporary:
         pq.write_table(
             rows,
             temporary,
@@ -413,7 +450,7 @@ def divide(folder: Path, settings: SplitSettings, *, overwrite: bool = False) ->
         if made.settings != settings:
             raise DataError(
                 f"{folder}: is divided by {made.settings.options}, not {settings.options}; replace "
-                "the splits with --overwrite"
+                f"the splits: csalign split {folder} {settings.options} --overwrite"
             )
         return describe_splits(FeatureSet.open(folder))
     return make_splits(FeatureSet.open(folder, stored_splits=True), settings)

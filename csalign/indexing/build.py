@@ -188,16 +188,15 @@ class _Rows:
     def numbers(self) -> dict[AnySide, Ints]:
         """Row numbers in the table of each side."""
         names = None if self.split == ALL else sorted(map(str, split_names(self.split, ())))
-        return {
-            side: np.arange(len(table)) if rows is None else rows
-            for side in self.features.sides
-            for table in [self.features.table(side)]
-            for rows in [
-                self.joined.side(side)[0]
-                if isinstance(side, Modality)
-                else select_rows(table, names)
-            ]
-        }
+        found = {}
+        for side in self.features.sides:
+            table = self.features.table(side)
+            if isinstance(side, Modality):
+                rows = self.joined.side(side)[0]
+            else:
+                rows = select_rows(table, names)
+            found[side] = np.arange(len(table)) if rows is None else rows
+        return found
 
     def count(self, sides: Iterable[AnySide]) -> int:
         """Count the rows of some sides."""

@@ -5,8 +5,9 @@ import numpy as np
 from csalign.core.arrays import Floats, Ints
 from csalign.features.checks import scaled
 from csalign.indexing.vectors import VectorIndex
+from csalign.metrics.sides import TEMPERATURE
 
-TEMPERATURE = 0.1  # of the weights, as in the paper
+MOST_VALUES = 1 << 28  # of the vectors of candidates at a time, 1 GiB
 CANDIDATES, PER_HIT = 200, 10  # of each search: at least so many, and so many per hit
 
 
@@ -29,17 +30,22 @@ def search_combined(index: VectorIndex, queries: Floats, top: int) -> tuple[Floa
         ConfigError: the index cannot return its vectors.
     """
     k, most = min(top, len(index)), max(CANDIDATES, PER_HIT * top)
-    found = [index.search_with_vectors(own, most) for own in (*queries, scaled(queries.mean(0)))]
-    scores = np.full((queries.shape[1], k), -np.inf, np.float32)
+    sides, count, width = queries.shape
+    scores = np.full((count, k), -np.inf, np.float32)
     rows = np.full(scores.shape, -1, np.int64)
-    for number, own in enumerate(np.moveaxis(queries, 1, 0)):
-        numbers = np.concatenate([part[0][number] for part in found])
-        vectors = np.concatenate([part[1][number] for part in found])
-        unique, first = np.unique(numbers, return_index=True)
-        unique, first = unique[unique >= 0], first[unique >= 0]
-        values = combined_scores(own, vectors[first])
-        order = np.lexsort((unique, -values))[:k]
-        scores[number, : len(order)], rows[number, : len(order)] = values[order], unique[order]
+    step = max(1, MOST_VALUES // ((sides + 1) * min(most, len(index)) * width))
+    for start in range(0, count, step):
+        part = queries[:, start : start + step]
+        found = [index.search_with_vectors(own, most) for own in (*part, scaled(part.mean(0)))]
+        for number, own in enumerate(np.moveaxis(part, 1, 0)):
+            numbers = np.concatenate([numbers[number] for numbers, _ in found])
+            vectors = np.concatenate([vectors[number] for _, vectors in found])
+            unique, first = np.unique(numbers, return_index=True)
+            unique, first = unique[unique >= 0], first[unique >= 0]
+            values = combined_scores(own, vectors[first])
+            order = np.lexsort((unique, -values))[:k]
+            row = start + number
+            scores[row, : len(order)], rows[row, : len(order)] = values[order], unique[order]
     return scores, rows
 
 

@@ -128,19 +128,8 @@ class SearchConfig(QueryOptions, ItemOptions):
     positional: ClassVar[tuple[str, ...]] = ("index", "query")
     example: ClassVar[str] = 'csalign search index "a red bicycle" --top 5'
     common: ClassVar[tuple[str, ...]] = (
-        *(
-            "text",
-            "image",
-            "embedding",
-            "queries",
-            "top",
-            "adapter",
-            "side",
-            "report",
-            "pictures",
-            "device",
-        ),
-        "jsonl",
+        *("text", "image", "embedding", "queries", "top", "adapter", "side", "report"),
+        *("pictures", "device", "jsonl"),
     )
 
     top: Count = Field(10, description="Items per query.")

@@ -137,8 +137,7 @@ class QueryEncoder:
                 max_tokens=known.preprocessing.get("max_tokens") if with_tokens else None,
             )
             log.info("loading %s", spec)
-            specs = {side: spec}
-            image, text = specs.get(Modality.IMAGE), specs.get(Modality.TEXT)
+            image, text = (spec if side is own else None for own in Modality)
             encoder: Any = load_encoders(image, text, options).side(side)
         except CsalignError as error:
             if self.options.encoder is not None:

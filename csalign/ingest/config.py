@@ -1,6 +1,7 @@
 """Options of ``csalign extract`` and ``csalign import``."""
 
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -154,14 +155,19 @@ def _name_sides(value: Any) -> Any:
 Sided = BeforeValidator(_name_sides)
 
 
-def _changed(config: Config, kept: set[str]) -> list[str]:
-    """Return the options, other than those that are kept, that differ from their default."""
+def _check_sides(config: Config, sides: Collection[str], kept: set[str], remedy: str) -> None:
+    """Raise ConfigError if other options than `kept` are given with --side."""
     fields = type(config).model_fields.items()
-    return sorted(
+    changed = sorted(
         config.shown(name)
         for name, field in fields
         if name not in kept and getattr(config, name) != field.get_default()
     )
+    if changed:
+        raise ConfigError(f"{', '.join(changed)}: cannot be used with --side; {remedy}")
+    if len(sides) < 2 and not getattr(config, "add", False):
+        add = ", or add it to a set with --add" * ("add" in type(config).model_fields)
+        raise ConfigError(f"--side: {', '.join(sides)} alone; give two sides or more{add}")
 
 
 class EncodedSideOptions(Config):
@@ -211,13 +217,9 @@ class ExtractConfig(
         kept |= {"retry_failures", "strict"}.union(
             *(own.model_fields for own in (OutputConfig, SplitOptions, ExecutionOptions))
         )
-        if self.side is not None and (others := _changed(self, kept)):
-            raise ConfigError(
-                f"{', '.join(others)}: cannot be used with --side; name encoders and columns by "
-                "--side NAME=ENCODER@COLUMN"
-            )
-        if self.side is not None and len(self.side) < 2:
-            raise ConfigError(f"--side: {', '.join(self.side)} alone; give two sides or more")
+        if self.side is not None:
+            remedy = "name encoders and columns by --side NAME=ENCODER@COLUMN"
+            _check_sides(self, self.side, kept, remedy)
 
     def to_toml(self) -> str:
         """Return the configuration, equal for every process of a job; see `Config.to_toml`."""
@@ -353,21 +355,16 @@ class ImportConfig(
         kept = {"side", "pairs", "pair_by", *OutputConfig.model_fields, *SplitOptions.model_fields}
         kept |= {"dtype", *SideOptions.model_fields}
         if self.side is None:
-            for name in ("add", "encoder"):
-                if getattr(self, name):
-                    raise ConfigError(f"--{name}: needs --side, such as --side audio=audio.npy")
-        elif others := _changed(self, kept):
-            raise ConfigError(
-                f"{', '.join(others)}: cannot be used with --side; name sides by --side "
-                "image=FILE --side text=FILE, their encoders by --encoder NAME=SPEC, and store ids "
-                "and captions beside the embeddings or in --pairs"
-            )
-        elif len(self.side) < 2 and not self.add:
-            raise ConfigError(
-                f"--side: {', '.join(self.side)} alone; give two sides or more, or add it to a set "
-                "with --add"
-            )
-        elif unknown := [name for name in self.encoder or () if name not in self.side]:
+            if self.add or self.encoder:
+                name = "add" if self.add else "encoder"
+                raise ConfigError(f"--{name}: needs --side, such as --side audio=audio.npy")
+            return
+        remedy = (
+            "name sides by --side image=FILE --side text=FILE, their encoders by --encoder "
+            "NAME=SPEC, and store ids and captions beside the embeddings or in --pairs"
+        )
+        _check_sides(self, self.side, kept, remedy)
+        if unknown := [name for name in self.encoder or () if name not in self.side]:
             raise ConfigError(f"--encoder {unknown[0]}: is not a --side ({', '.join(self.side)})")
 
     def command(self, **changes: Any) -> str:

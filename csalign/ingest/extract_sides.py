@@ -71,7 +71,7 @@ def extract_sides(config: ExtractConfig, progress: Progress, extract: Extract) -
             items += [(name, own, int(own.partition("#")[0])) for own in ids]
             failures += _failures(work / name, table, rows) if result.failures else []
             specs[name] = work / name / modality.plural
-        _write_items(work / "items.csv", table, items)
+        _write_items(work / "items.csv", table, config.split_column, items)
         options = {name: getattr(config, name) for name in SplitOptions.model_fields}
         result = import_sides(
             ImportConfig(
@@ -142,9 +142,11 @@ def _failures(folder: Path, table: Labels, rows: list[int]) -> list[dict[str, An
     return found
 
 
-def _write_items(path: Path, table: Labels, rows: list[tuple[str, str, int]]) -> None:
+def _write_items(
+    path: Path, table: Labels, split_column: str, rows: list[tuple[str, str, int]]
+) -> None:
     """Write the item and split of each row of each side."""
-    item, split = first_of((*ITEMS, *ITEM_IDS), table.names), first_of(("split",), table.names)
+    item, split = first_of((*ITEMS, *ITEM_IDS), table.names), first_of((split_column,), table.names)
     keys = None if item is None else check_no_null(table, item, item).to_pylist()
     splits = None if split is None else table.column(split).to_pylist()
     with path.open("w", encoding="utf-8", newline="") as file:

@@ -23,6 +23,7 @@ from csalign.features.writer import FeatureWriter
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_sides import (
     divide_unfinished,
+    dtype_of,
     encoder_of,
     import_sides,
     with_splits,
@@ -77,8 +78,7 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
     outputs.check_output(config.out, schema.ENTRIES, overwrite=config.overwrite, inputs=inputs)
     sides = _open(config, specs)
     sides, columns, pairing = _pair(config, sides)
-    is_half = all(vectors.is_half for vectors in sides.values())
-    dtype = config.dtype or ("float16" if is_half else "float32")
+    dtype = config.dtype or dtype_of(sides.values())
     encoders = {
         side: encoder_of(getattr(config, f"{side}_encoder"), vectors)
         for side, vectors in sides.items()

@@ -3,7 +3,7 @@
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from csalign.features.checks import warn_of_rows
 from csalign.features.export import recorded_encoder
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import EncoderInfo, SplitSettings
-from csalign.features.sides import item_column
+from csalign.features.sides import describe_sides, item_column
 from csalign.features.splits import TRAIN, divide, usual_splits, write_splits
 from csalign.features.writer import FeatureWriter, Rows
 from csalign.ingest.config import ImportConfig
@@ -70,27 +70,50 @@ def import_sides(config: ImportConfig, progress: Progress = silent) -> FeaturesR
     stored = filled
     if old is not None and old.manifest.splits is not None:  # which stand for those in the rows
         plain = FeatureSet.open(config.out, stored_splits=True)
-        stored = _fill_splits([*(_stored(plain, side.name) for side in kept), *new], items)
+        stored = _fill_splits([*(_with_splits(side, plain) for side in kept), *new], items)
     columns = {side.name: _columns(side, items, stored[side.name]) for side in new}
     if {"image", "text"} <= columns.keys():
         image, text = columns["image"], columns["text"]
         places = pc.index_in(text[schema.ITEM], value_set=image[schema.ITEM], skip_nulls=True)
         text[schema.IMAGE_ID] = image[schema.ID].take(places)
-    given = config.encoder or {}
-    encoders = {
-        name: encoder_of(given.get(name, schema.UNKNOWN), own) for name, own in vectors.items()
-    }
-    dtype = _dtype(config, old, vectors.values())
+    given = dict.fromkeys(vectors, schema.UNKNOWN) | (config.encoder or {})
+    encoders = {name: encoder_of(given[name], own) for name, own in vectors.items()}
+    dtype = config.dtype or dtype_of(vectors.values())
+    if old is not None and dtype != (dtype := old.manifest.dtype):
+        logger.info("stored as %s, as the other sides of %s", dtype, config.out)
     with outputs.atomic_folder(config.out) as folder:
         atomic.write_text(folder / "config.toml", config.to_toml())
         with FeatureWriter(folder, encoders, dtype, pairing=items.how, items=True) as writer:
             write_vectors(vectors, columns, writer, dtype, progress)
         if old is not None:
+            if schema.read_manifest(config.out) != old.manifest:
+                raise DataError(f"{config.out}: was changed meanwhile; run the same command again")
             _link(old, folder, {side.name: side for side in new}, filled)
         divide_unfinished(folder, splits, config.out)
     features = FeatureSet.open(config.out)
     warn_of_rows(features)
-    return _result(features, items)
+    described, counted = describe_sides(features, items=items.keys)
+    for name, own in described.items():
+        if own["unpaired"] == own["rows"]:
+            logger.warning(
+                "%s: no row of %s shares an item with another side, by %s; check the keys, or give "
+                "the items with --pairs",
+                *(config.out, name, items.how),
+            )
+    counts = features.manifest.counts
+    shared = counted["pairs"].get("image", {}).get("text", 0)
+    if not features.is_sided and counts.pairs < shared:
+        logger.warning(
+            "%s: texts of items with several images are paired with the first of these, %d of %d "
+            "pairs; to keep all, make each image an item, with a row of its text",
+            *(config.out, counts.pairs, shared),
+        )
+    return FeaturesResult(
+        *(config.out, counts.images, counts.texts, counts.pairs, 0),
+        pairing=features.manifest.pairing,
+        sides=described,
+        counts=counted,
+    )
 
 
 def _opened(config: ImportConfig) -> FeatureSet:
@@ -107,6 +130,11 @@ def _opened(config: ImportConfig) -> FeatureSet:
         raise ConfigError(
             f"{config.out}: has a side {there[0]} already; replace it with --overwrite, or choose "
             "another name"
+        )
+    if config.dtype not in (None, old.manifest.dtype):
+        raise ConfigError(
+            f"--dtype {config.dtype}: all sides of {config.out} are {old.manifest.dtype}; omit it, "
+            "or import all sides again"
         )
     return old
 
@@ -132,13 +160,16 @@ def _open(specs: Mapping[str, Path], *, by_table: bool) -> dict[str, Vectors]:
 
 def _stored(features: FeatureSet, name: str) -> SideKeys:
     """Describe a side that is on disk."""
-    table = features.table(name)
-    folder = features.path / schema.folder_of(side_of(name))
-    labels = Labels(str(folder), len(table), f"{folder}, row {{}}".format).with_columns(
-        {schema.SPLIT: table.strings(schema.SPLIT)}
-    )
-    ids = table.strings(schema.ID)
-    return SideKeys(name, labels, ids, schema.ID, item_column(features, side_of(name)))
+    folder, side = features.path / schema.folder_of(side_of(name)), side_of(name)
+    ids = features.table(name).strings(schema.ID)
+    labels = Labels(str(folder), len(ids), f"{folder}, row {{}}".format)
+    keys = SideKeys(name, labels, ids, schema.ID, item_column(features, side))
+    return _with_splits(keys, features)
+
+
+def _with_splits(side: SideKeys, features: FeatureSet) -> SideKeys:
+    splits = features.table(side.name).strings(schema.SPLIT)
+    return replace(side, labels=side.labels.with_columns({schema.SPLIT: splits}))
 
 
 def _fill_splits(sides: Sequence[SideKeys], items: Items) -> dict[str, pa.Array]:
@@ -150,10 +181,11 @@ def _fill_splits(sides: Sequence[SideKeys], items: Items) -> dict[str, pa.Array]
     stated = [(side.name, side.labels, items.keys[side.name]) for side in sides]
     stated += [] if items.lines is None else [("", *items.lines)]
     keys = pa.chunked_array([own for _, _, own in stated]).combine_chunks().dictionary_encode()
-    splits = pa.chunked_array([_splits_of(labels) for _, labels, _ in stated]).combine_chunks()
+    none = pa.nulls(max(labels.rows for _, labels, _ in stated), pa.large_string())
+    columns = [labels.find((schema.SPLIT,), none[: labels.rows]) for _, labels, _ in stated]
+    splits = usual_splits(pa.chunked_array(columns).combine_chunks())
     codes = keys.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    none = pa.nulls(len(keys.dictionary), pa.large_string())
-    _, filled, bad = fill_splits(none, splits, codes)
+    _, filled, bad = fill_splits(pa.nulls(len(keys.dictionary), pa.large_string()), splits, codes)
     found, start = {}, 0
     for name, labels, own in stated:
         if bad is not None and start <= bad < start + len(own):
@@ -167,10 +199,6 @@ def _fill_splits(sides: Sequence[SideKeys], items: Items) -> dict[str, pa.Array]
     return found
 
 
-def _splits_of(labels: Labels) -> pa.Array:
-    return usual_splits(labels.find((schema.SPLIT,), pa.nulls(labels.rows, pa.large_string())))
-
-
 def _columns(side: SideKeys, items: Items, splits: pa.Array) -> dict[str, pa.Array]:
     """Return the string columns of a new side."""
     none = pa.nulls(len(side), pa.large_string())
@@ -182,20 +210,6 @@ def _columns(side: SideKeys, items: Items, splits: pa.Array) -> dict[str, pa.Arr
         schema.CAPTION: pc.coalesce(items.captions.get(side.name, none), captions),
         schema.SOURCE: side.labels.find((schema.SOURCE, *IMAGE_NAMES), none),
     }
-
-
-def _dtype(config: ImportConfig, old: FeatureSet | None, vectors: Any) -> str:
-    if old is not None:
-        if config.dtype not in (None, old.manifest.dtype):
-            raise ConfigError(
-                f"--dtype {config.dtype}: all sides of {config.out} are {old.manifest.dtype}; omit "
-                "it, or import all sides again"
-            )
-        if old.manifest.dtype == "float16" and not all(own.is_half for own in vectors):
-            logger.info("stored as float16, as the other sides of %s", config.out)
-        return old.manifest.dtype
-    is_half = all(own.is_half for own in vectors)
-    return config.dtype or ("float16" if is_half else "float32")
 
 
 def _link(
@@ -223,60 +237,16 @@ def _link(
     changes: dict[str, Any] = {"sides": {**manifest.sides, **written.sides}, "pairing": how}
     if (made := manifest.splits) is not None:  # which stand for the stored columns of all sides
         files = {
-            name: write_splits(folder, name, side.ids, pc.fill_null(filled[name], TRAIN))
+            name: write_splits(folder, side_of(name), side.ids, pc.fill_null(filled[name], TRAIN))
             for name, side in new.items()
         }
         changes["splits"] = made.model_copy(update={"sides": {**made.sides, **files}})
     schema.write_manifest(folder, manifest.model_copy(update=changes))
 
 
-def _result(features: FeatureSet, items: Items) -> FeaturesResult:
-    """Count rows, items and pairs."""
-    keys = pa.chunked_array([items.keys[name] for name in features.sides], pa.large_string())
-    codes = keys.combine_chunks().dictionary_encode()
-    count, number = (
-        len(codes.dictionary),
-        codes.indices.fill_null(-1).to_numpy(zero_copy_only=False),
-    )
-    ends = np.cumsum([len(items.keys[name]) for name in features.sides])
-    of_side = dict(zip(features.sides, np.split(number, ends[:-1]), strict=True))
-    rows = {name: np.bincount(own[own >= 0], minlength=count) for name, own in of_side.items()}
-    present = np.sum([own > 0 for own in rows.values()], axis=0)
-    by_sides = np.bincount(present, minlength=len(rows) + 1)
-    by_sides[1] += int((number < 0).sum())  # rows without an item
-    sides: dict[str, dict[str, Any]] = {}
-    for name, own in of_side.items():
-        alone = (own < 0) | (present[own] == 1)
-        table = features.table(name)
-        sides[str(name)] = {
-            "rows": len(own),
-            "unpaired": int(alone.sum()),
-            "width": table.width,
-            "encoder": table.encoder.spec,
-        }
-        if alone.all():
-            logger.warning(
-                "%s: no row of %s shares an item with another side, by %s; check the keys, or give "
-                "the items with --pairs",
-                *(features.path, name, items.how),
-            )
-    names = [*of_side]
-    pairs = {
-        str(a): {str(b): int(rows[a] @ rows[b]) for b in names[place + 1 :]}
-        for place, a in enumerate(names[:-1])
-    }
-    counted = {
-        "items": int(by_sides[1:].sum()),
-        "by_sides": {str(n): int(own) for n, own in enumerate(by_sides) if n and own},
-        "pairs": pairs,
-    }
-    counts = features.manifest.counts
-    return FeaturesResult(
-        *(features.path, counts.images, counts.texts, counts.pairs, 0),
-        pairing=features.manifest.pairing,
-        sides=sides,
-        counts=counted,
-    )
+def dtype_of(vectors: Iterable[Vectors]) -> str:
+    """Return the number format that keeps all digits of float16, else float32."""
+    return "float16" if all(own.is_half for own in vectors) else "float32"
 
 
 def encoder_of(spec: str, vectors: Vectors) -> EncoderInfo:
@@ -312,7 +282,7 @@ def divide_unfinished(folder: Path, settings: SplitSettings | None, out: Path) -
     try:
         made = divide(folder, settings)
     except DataError as error:  # which names the unfinished folder
-        raise DataError(str(error).replace(str(folder), str(out), 1)) from None
+        raise DataError(str(error).replace(str(folder), str(out))) from None
     if made.groups:
         logger.info("%s", made.kept_together)
 

@@ -12,13 +12,12 @@ import numpy as np
 from csalign.adapters.checkpoint import AdapterInfo
 from csalign.adapters.model import Adapter
 from csalign.core import atomic, distributed, outputs
-from csalign.core.enums import AnySide, Modality
+from csalign.core.enums import AnySide, Modality, side_of
 from csalign.core.errors import ConfigError
 from csalign.core.progress import Progress, silent, tick
 from csalign.core.results import FeaturesResult
 from csalign.features import schema
 from csalign.features.export import (
-    FOLDERS,
     ClipRetrievalExport,
     NpyExport,
     RowWriter,
@@ -62,9 +61,8 @@ def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
             outputs.check_output(config.out, entries, overwrite=config.overwrite, inputs=inputs)
         features = FeatureSet.open(config.features)
         sides = features.sides if config.sides is None else named_sides(features, config.sides)
-        if config.format == "clip-retrieval" and (
-            further := [s for s in sides if s not in FOLDERS]
-        ):
+        further = [side for side in sides if side not in [*Modality]]
+        if further and config.format == "clip-retrieval":
             raise ConfigError(
                 f"--format clip-retrieval: stores images and texts, not {', '.join(further)}; pass "
                 "--sides image,text or --format npy"
@@ -109,14 +107,13 @@ def _write(
         logger.warning(message, listed)
     images, texts = (rows_of.get(side, 0) - omitted.get(side, 0) for side in Modality)
     pairs = features.manifest.counts.pairs if {*Modality} <= {*sides} else 0
-    counted = config.out, images, texts, pairs, 0
-    if not {*sides} - {*Modality}:
-        return FeaturesResult(*counted, names=features.manifest.names)
+    counted, names = (config.out, images, texts, pairs, 0), features.manifest.names
+    if {*sides} <= {*Modality}:
+        return FeaturesResult(*counted, names=names)
     described, counts = describe_sides(features, sides)
-    aligned_sides = {
-        name: own | {"width": info.adapters[sides[0]].width} for name, own in described.items()
-    }
-    return FeaturesResult(*counted, sides=aligned_sides, counts=counts)
+    for name, own in described.items():
+        own["width"] = info.adapters[side_of(name)].width
+    return FeaturesResult(*counted, names=names, sides=described, counts=counts)
 
 
 def _aligned(
@@ -131,6 +128,7 @@ def _aligned(
     Each process embeds every n-th row group as a single process would, so all bits are the same.
     """
     world = distributed.world()
+    by_item = Modality.IMAGE in {*features.sides} - {*sides}
     for side in sides:
         ends = list(accumulate(g.rows for g in features.table(side).row_groups()))
         for first in range(0, len(ends), world.size):
@@ -145,12 +143,7 @@ def _aligned(
                 )
             parts = [own] if world.size == 1 else distributed.gather(list(own))
             for batch in (batch for part in parts for batch in part):
-                is_kept = side is not Modality.TEXT or not _omits_images(features, sides)
-                yield side, batch if is_kept else _by_item(batch)
-
-
-def _omits_images(features: FeatureSet, sides: Sequence[AnySide]) -> bool:
-    return Modality.IMAGE in features.sides and Modality.IMAGE not in sides
+                yield side, _by_item(batch) if by_item and side is Modality.TEXT else batch
 
 
 def _by_item(texts: Rows) -> Rows:
@@ -169,7 +162,7 @@ def _writer(
     sides: Sequence[AnySide],
 ) -> RowWriter:
     widths = {side: info.adapters[side].width for side in sides}
-    items = features.manifest.items or _omits_images(features, sides)
+    items = features.manifest.items or Modality.IMAGE in {*features.sides} - {*sides}
     if config.format == "parquet":
         encoders = {
             side: EncoderInfo(

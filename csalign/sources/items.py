@@ -3,12 +3,13 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from csalign.core.arrays import Ints, Mask
+from csalign.core.arrays import Ints
 from csalign.core.config import did_you_mean
 from csalign.core.errors import DataError
 from csalign.core.figures import counted
@@ -28,7 +29,6 @@ from csalign.sources.pairing import ORDER
 
 BY_ROW = "row number from 0"
 _OWN_IDS = {"image": IMAGE_IDS, "text": TEXT_IDS}
-_FORMS = ("without spaces", "as numbers")  # of keys that two files may write differently
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +100,9 @@ def join_items(sides: Sequence[SideKeys], table: Labels | None, by: str | None) 
     if table is not None:
         return _by_table(sides, table)
     for name in _candidates(sides) if by is None else [] if by == ORDER else [by]:
-        found = {side.name: own for side in sides if (own := _values(side, name)) is not None}
-        if all(side.name in found for side in sides if side.is_new) and len(found) > 1:
+        found = {side: Keys(own) for side, own in _columns_of(sides, name).items()}
+        is_there = len(found) > 1 and all(side.name in found for side in sides if side.is_new)
+        if is_there and (by is not None or _may_join(name, sides, [*found.values()])):
             return _by_values(sides, found, name)
     listed = "; ".join(
         f"{own.name}: {', '.join(own.labels.names) or 'none'}" for own in sides if own.is_new
@@ -112,12 +113,6 @@ def join_items(sides: Sequence[SideKeys], table: Labels | None, by: str | None) 
             "give the items with --pairs TABLE"
         )
     return _by_order(sides, by, listed)
-
-
-def _blank(cells: pa.Array) -> pa.Array:
-    """Remove spaces around cells, and cells of nothing else."""
-    plain = pc.utf8_trim_whitespace(cells.cast(pa.large_string()))
-    return pc.if_else(pc.equal(plain, ""), pa.scalar(None, plain.type), plain)
 
 
 def _by_table(sides: Sequence[SideKeys], table: Labels) -> Items:
@@ -143,17 +138,15 @@ def _by_table(sides: Sequence[SideKeys], table: Labels) -> Items:
             *(table.name, ", ".join(unread), ", ".join(side.name for side in sides)),
         )
     keys, how = _line_keys(sides, table, rows, item)
-    found, texts = {}, {}
-    for side in sides:
-        line_of = _line_of(table, side, rows.get(side.name, np.empty(0, np.int64)), keys)
+    codes = keys.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    found, texts = {side.name: side.known for side in sides if not side.is_new}, {}
+    for name, own in rows.items():
+        line_of = _line_of(table, by_name[plain_name(name)], own, keys, codes)
         of_rows = pa.array(line_of, mask=line_of < 0)
-        found[side.name] = keys.take(of_rows) if side.known is None else side.known
-        if captions is not None and side.name in captioned:
-            texts[side.name] = table.column(captions).take(of_rows)
-    groups = dict[str, list[str]]()
-    for name, (_, by) in read.items():
-        groups.setdefault(by, []).append(name)
-    named = ", ".join(f"{' + '.join(own)} by {by}" for by, own in groups.items())
+        found.setdefault(name, keys.take(of_rows))
+        if captions is not None and name in captioned:
+            texts[name] = table.column(captions).take(of_rows)
+    named = ", ".join(f"{name} by {by}" for name, (_, by) in read.items())
     return Items(found, f"{table.name} ({named}{how})", (table, keys), texts)
 
 
@@ -171,7 +164,7 @@ def _wide_cells(
                 "remove one"
             )
         if there:
-            found[side.name] = _blank(table.column(there[0])), plain_name(there[0]) == names[2]
+            found[side.name] = trimmed(table.column(there[0])), plain_name(there[0]) == names[2]
             used.add(there[0])
     return found, used
 
@@ -187,7 +180,7 @@ def _long_cells(
             f"{table.name}: has a column side, and then needs item, and id or row "
             f"(columns: {', '.join(table.names)}); add what is missing, or remove one"
         )
-    named = pc.fill_null(_blank(table.column(str(side))), "")
+    named = pc.fill_null(trimmed(table.column(str(side))), "")
     codes = named.dictionary_encode()
     by_code = [sides.get(plain_name(name)) for name in codes.dictionary.to_pylist()]
     for code, own in enumerate(by_code):
@@ -198,7 +191,7 @@ def _long_cells(
                 f"{table.where(line)}: side {named[line].as_py()!r:.80} is not one of {names}; "
                 "correct it, or import that side too"
             )
-    cells, found = _blank(table.column(str(ids or row))), {}
+    cells, found = trimmed(table.column(str(ids or row))), {}
     for name in dict.fromkeys(side.name for side in by_code if side is not None):
         codes_of = [code for code, side in enumerate(by_code) if side and side.name == name]
         is_own = pc.is_in(codes.indices, value_set=pa.array(codes_of, codes.indices.type))
@@ -213,30 +206,26 @@ def _find_rows(table: Labels, side: SideKeys, cells: pa.Array, by_row: bool) -> 
         DataError: a name is unknown.
     """
     if not by_row:
-        others = [name for name in side.labels.names if name != side.key and is_key(name)]
-        for name in [*([side.key] if side.key else []), *others]:
-            values = side.ids if name == side.key else side.labels.column(name)
-            if values.null_count == len(values) or first_repeated(values) is not None:
-                continue
-            found = match(Keys(cells), Keys(values))
-            is_same = name == side.key or found.form in EXACT or not found.form
-            if found.is_complete and is_same and (found.found or name == side.key):
-                return found.rows, found.worded(name)
-    if side.key is not None and not by_row:
-        found = match(Keys(cells), Keys(side.ids))
-        line = int(found.missing[0])
-        raise DataError(
-            f"{table.where(line)}: {side.name} {cells[line].as_py()!r:.200} is not in "
-            f"{side.labels.name} ({len(found.missing):,} of {len(cells) - cells.null_count:,} "
-            f"names are not; its {side.key} are {examples(side.ids)}, ...); correct the cells, or "
-            "leave them empty"
-        )
-    cells = trimmed(cells)
+        own = None if side.key is None else match(Keys(cells), Keys(side.ids))
+        if own is not None and own.is_complete:
+            return own.rows, own.worded(str(side.key))
+        for name in (name for name in side.labels.names if name != side.key and is_key(name)):
+            values = side.labels.column(name)
+            if first_repeated(values) is None:
+                found = match(Keys(cells), Keys(values))
+                if found.is_complete and found.found and found.form in ("", *EXACT):
+                    return found.rows, found.worded(name)
+        if own is not None:
+            line = int(own.missing[0])
+            raise DataError(
+                f"{table.where(line)}: {side.name} {cells[line].as_py()!r:.200} is not in "
+                f"{side.labels.name} ({len(own.missing):,} of {len(cells) - cells.null_count:,} "
+                f"names are not; its {side.key} are {examples(side.ids)}, ...); correct the cells, "
+                "or leave them empty"
+            )
     is_number = pc.fill_null(pc.match_substring_regex(cells, r"^\d{1,15}(\.0*)?$"), True)
-    numbers = pc.replace_substring_regex(
-        pc.if_else(is_number, cells, pa.scalar(None, cells.type)), r"\..*$", ""
-    ).cast(pa.int64())
-    rows = pc.fill_null(numbers, -1).to_numpy(zero_copy_only=False)
+    numbers = pc.if_else(is_number, cells, pa.scalar(None, cells.type)).cast(pa.float64())
+    rows = pc.fill_null(numbers, -1).to_numpy().astype(np.int64)
     is_wrong = ~is_number.to_numpy(zero_copy_only=False) | (rows >= len(side))
     if is_wrong.any():
         line = int(np.flatnonzero(is_wrong)[0])
@@ -256,18 +245,15 @@ def _line_keys(
     is_used = np.any([found >= 0 for found in rows.values()], axis=0)
     if blank := int((~is_used).sum()):
         log.warning("%s: %s without a row of any side", table.name, counted(blank, "line"))
-    given = None if item is None else _blank(table.column(item))
-    if given is not None and (lines := np.flatnonzero(is_used & ~_is_known(given))).size:
+    given = None if item is None else trimmed(table.column(item))
+    if given is not None and (lines := np.flatnonzero(is_used & given.is_null())).size:
         raise DataError(f"{table.where(int(lines[0]))}: has no {item}; give one to every line")
-    if old := [side for side in sides if side.known is not None]:
-        return _line_keys_of_set(old, table, rows, given), ""
-    if given is not None:
-        return given, ""
+    old = [side for side in sides if not side.is_new]
+    if old or given is not None:
+        return _line_keys_of_set(old, table, rows, given) if old else given, ""
     numbers = row_numbers(table.rows)
-    repeats = {
-        name: int((found >= 0).sum()) - len(np.unique(found[found >= 0]))
-        for name, found in rows.items()
-    }
+    named = {name: found[found >= 0] for name, found in rows.items()}
+    repeats = {name: len(found) - len(np.unique(found)) for name, found in named.items()}
     if not any(repeats.values()):
         return numbers, ""
     often = max(repeats, key=lambda name: repeats[name])
@@ -284,12 +270,12 @@ def _line_keys_of_set(
     known = pa.chunked_array([side.known for side in old]).unique().drop_null()
     keys = pa.nulls(table.rows, pa.large_string())
     if given is not None:
-        values, _ = _alike([given, known])
+        values, _ = _alike([Keys(given), Keys(known)])
         keys = pc.coalesce(known.take(pc.index_in(values[0], value_set=values[1])), given)
     for side in old:
         found = rows.get(side.name, np.full(table.rows, -1))
         own = pc.take(side.known, pa.array(found, mask=found < 0))
-        alone = np.flatnonzero((found >= 0) & ~_is_known(own))
+        alone = np.flatnonzero((found >= 0) & own.is_null())
         other = pc.not_equal(own, keys).index(True).as_py()
         if len(alone) or other >= 0:
             line = int(alone[0]) if len(alone) else other
@@ -305,23 +291,18 @@ def _line_keys_of_set(
     return pc.coalesce(keys, _apart(row_numbers(table.rows), known))
 
 
-def _is_known(values: pa.Array) -> Mask:
-    known: Mask = values.is_valid().to_numpy(zero_copy_only=False)
-    return known
-
-
 def _apart(numbers: pa.Array, taken: pa.Array) -> pa.Array:
     """Return keys of lines of which none is taken."""
     prefix = "line "
-    while True:
-        found = pc.replace_substring_regex(numbers, "^", prefix)
-        if not pc.any(pc.is_in(found, value_set=taken)).as_py():
-            return found
+    while pc.any(pc.starts_with(taken, prefix)).as_py():
         prefix = f"new {prefix}"
+    return pc.replace_substring_regex(numbers, "^", prefix)
 
 
-def _line_of(table: Labels, side: SideKeys, rows: Ints, keys: pa.Array) -> Ints:
+def _line_of(table: Labels, side: SideKeys, rows: Ints, keys: pa.Array, codes: Ints) -> Ints:
     """Return the first line that names each row of a side, (n,), -1 for none.
+
+    Lines are of the items `keys`, of which those with equal `codes` are equal.
 
     Raises:
         DataError: lines of two items name it.
@@ -329,7 +310,6 @@ def _line_of(table: Labels, side: SideKeys, rows: Ints, keys: pa.Array) -> Ints:
     lines = np.flatnonzero(rows >= 0)
     found = np.full(len(side), -1)
     found[rows[lines[::-1]]] = lines[::-1]
-    codes = keys.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
     apart = lines[codes[lines] != codes[found[rows[lines]]]]
     if len(apart):
         line, row = int(apart[0]), int(rows[apart[0]])
@@ -355,50 +335,77 @@ def _candidates(sides: Sequence[SideKeys]) -> Iterator[str]:
     yield from (name for name in common if name not in ITEM_IDS and is_key(name))
 
 
-def _values(side: SideKeys, name: str) -> tuple[pa.Array, pa.Array | None] | None:
-    """Return the values of a side's rows by which sides are joined, and known items of them."""
-    plain, own = plain_name(name), f"{plain_name(side.name)}_id"
-    if side.known is not None:
-        is_id = plain == own or plain in ITEM_IDS
-        values = side.known if plain in ITEMS else side.ids if is_id else None
-        return None if values is None else (values, side.known)
-    there = first_of(ITEMS if plain in ITEMS else (plain,), side.labels.names)
-    if there is None and plain in ITEMS:  # as in feature sets of images and texts alone
-        if side.name == "image" and side.key is not None:
-            return side.ids, None
-        there = first_of(("image_id",), side.labels.names) if side.name == "text" else None
-    if there is None:
-        return (side.ids, None) if plain == own and side.key is not None else None
-    return _blank(side.labels.column(there)), None
+def _columns_of(sides: Sequence[SideKeys], name: str) -> dict[str, pa.Array]:
+    """Return the values of a column by side, those of a set on disk for `id` of its best side."""
+    found = {side.name: own for side in sides if (own := _values(side, name)) is not None}
+    old = [side.name for side in sides if side.name in found and not side.is_new]
+    if len(old) > 1 and plain_name(name) in ITEM_IDS:
+        new = pa.chunked_array([own for side, own in found.items() if side not in old])
+        fits = {own: pc.sum(pc.is_in(new, value_set=found[own])).as_py() or 0 for own in old}
+        best = max(old, key=lambda own: fits[own])
+        return {side: own for side, own in found.items() if side == best or side not in old}
+    return found
 
 
-def _alike(columns: Sequence[pa.Array]) -> tuple[list[pa.Array], str]:
-    """Spell equal keys alike where columns write them as different numbers, as 7 and "007"."""
-    keys = [Keys(column) for column in columns]
-    numbers = [own.form("as numbers") for own in keys]
-    if all(own is not None for own in numbers) and all(
-        own.keep_apart("as numbers") for own in keys
-    ):
-        plain, changed = (
-            pc.count_distinct(pa.chunked_array(own)).as_py() for own in (columns, numbers)
-        )
-        if changed < plain:
-            return numbers, "as numbers"
-    return [*columns], ""
-
-
-def _by_values(
-    sides: Sequence[SideKeys], found: Mapping[str, tuple[pa.Array, pa.Array | None]], name: str
-) -> Items:
-    """Make the rows of equal values one item."""
-    values, form = _alike([own for own, _ in found.values()])
-    keys = dict(zip(found, values, strict=True))
+def _values(side: SideKeys, name: str) -> pa.Array | None:
+    """Return the values of a side's rows by which sides are joined; None if it has none."""
     plain = plain_name(name)
-    owner = next((side for side in sides if plain == f"{plain_name(side.name)}_id"), None)
-    if owner is not None and owner.name in keys:  # the others refer to its rows
+    is_item, is_own = plain in ITEMS, plain == f"{plain_name(side.name)}_id"
+    if side.known is not None:
+        return side.known if is_item else side.ids if is_own or plain in ITEM_IDS else None
+    names = [*ITEMS] if is_item else [plain]
+    if is_item and side.name == "text":
+        names.append("image_id")  # as in feature sets of images and texts alone
+    column = side.labels.find(names)
+    if column is None and side.key is not None and (is_own or (is_item and side.name == "image")):
+        return side.ids
+    return column
+
+
+def _may_join(name: str, sides: Sequence[SideKeys], keys: Sequence[Keys]) -> bool:
+    """Return whether a column that nobody named may be keys of items.
+
+    One of items, or of the rows of a side, is. Any other is unless most of its values repeat, as
+    classes do, no two sides share one, or it counts the rows of sides of different lengths.
+    """
+    plain = plain_name(name)
+    if plain in ITEMS or any(plain == f"{plain_name(side.name)}_id" for side in sides):
+        return True
+    if all(own.are_few for own in keys):
+        return False
+    if len({own.distinct for own in keys}) > 1 and all(
+        own.bounds in ((0, len(own.values) - 1), (1, len(own.values))) for own in keys
+    ):
+        return False
+    values, _ = _alike(keys)
+    count = pc.count_distinct(pa.chunked_array(values)).as_py()
+    return cast(bool, count < sum(own.distinct for own in keys))
+
+
+def _alike(keys: Sequence[Keys]) -> tuple[list[pa.Array], str]:
+    """Remove spaces and words for missing keys, and spell numbers alike, as 7 and "007"."""
+    plain, numbers = ([own.form(name) for own in keys] for name in ("without spaces", "as numbers"))
+    # Where no number changes, neither form joins more.
+    if (
+        None not in numbers
+        and plain != numbers
+        and all(own.keep_apart("as numbers") for own in keys)
+    ):
+        before, after = (pc.count_distinct(pa.chunked_array(own)) for own in (plain, numbers))
+        if after.as_py() < before.as_py():
+            return numbers, "as numbers"
+    return plain, ""
+
+
+def _by_values(sides: Sequence[SideKeys], found: Mapping[str, Keys], name: str) -> Items:
+    """Make the rows of equal values one item."""
+    values, form = _alike([*found.values()])
+    keys, plain, where = dict(zip(found, values, strict=True)), plain_name(name), ""
+    owners = [side for side in sides if side.name in keys]
+    for owner in (own for own in owners if plain == f"{plain_name(own.name)}_id"):
         known = keys[owner.name]
-        for side in sides:
-            own = keys.get(side.name, known)
+        for side in owners:  # which refer to its rows
+            own = keys[side.name]
             is_lacking = pc.and_(own.is_valid(), pc.invert(pc.is_in(own, value_set=known)))
             if (row := is_lacking.index(True).as_py()) >= 0:
                 raise DataError(
@@ -406,42 +413,36 @@ def _by_values(
                     f"{owner.labels.name} ({pc.sum(is_lacking).as_py():,} such rows; there are "
                     f"{examples(known)}, ...); correct it, or leave it empty"
                 )
-    old = [side for side in sides if side.known is not None and side.name in keys]
-    if old:
-        old = old[:1] if plain in ITEM_IDS else old
+    if old := [side for side in owners if not side.is_new]:
         spelled, of_set = (
             pa.chunked_array(own).combine_chunks()
             for own in ([keys[side.name] for side in old], [side.known for side in old])
         )
-        for side in sides:
-            if side.is_new:
-                places = pc.index_in(keys[side.name], value_set=spelled, skip_nulls=True)
-                otherwise = (
-                    keys[side.name] if plain in ITEMS else pa.scalar(None, pa.large_string())
-                )
-                keys[side.name] = pc.coalesce(of_set.take(places), otherwise)
-    for side in sides:
-        if side.known is not None:
-            keys[side.name] = side.known
-    of_side = f" of {old[0].name}" if old and plain in ITEM_IDS else ""
-    return Items(keys, ", ".join(filter(None, [name + of_side, form])))
+        for side in (own for own in sides if own.is_new):
+            own = keys[side.name]
+            item = of_set.take(pc.index_in(own, value_set=spelled, skip_nulls=True))
+            keys[side.name] = pc.coalesce(item, own) if plain in ITEMS else item
+        where = f" of {old[0].name}" if plain in ITEM_IDS else ""
+    keys |= {side.name: side.known for side in sides if not side.is_new}
+    return Items(keys, ", ".join(filter(None, [name + where, form])))
 
 
 def _by_order(sides: Sequence[SideKeys], by: str | None, listed: str) -> Items:
-    """Make row i of all sides one item."""
+    """Make row i of all sides one item, that of row i of a side on disk if there is one."""
     new = [side for side in sides if side.is_new]
-    old = [side for side in sides if side.known is not None and len(side) == len(new[0])]
-    counts = {len(side) for side in new}
+    old = [side for side in sides if not side.is_new]
+    of = next((side for side in old if len(side) == len(new[0])), None)
+    is_even = len({len(side) for side in new}) == 1 and (not old or of is not None)
     has_keys = all(any(map(is_key, side.labels.names)) for side in new)
-    is_added = len(new) < len(sides)
-    if len(counts) > 1 or (has_keys and by is None) or (is_added and (by is None or not old)):
+    if not is_even or (by is None and (has_keys or old)):
         rows = ", ".join(f"{side.name} {len(side):,}" for side in sides)
         raise DataError(
             f"no column joins the sides (rows: {rows}; columns of {listed}); give their items with "
             "--pairs TABLE, name a column that all have with --pair-by"
-            + (", or join row by row with --pair-by order" if len(counts) == 1 else "")
+            + ", or join row by row with --pair-by order"
+            * is_even
         )
-    known = old[0].known if is_added else row_numbers(len(new[0]))
-    how = f"row order of {old[0].name}" if is_added else "row order"
+    known = row_numbers(len(new[0])) if of is None else of.known
+    how = "row order" if of is None else f"row order of {of.name}"
     keys = {side.name: known if side.is_new else side.known for side in sides}
     return Items(keys, how if by == ORDER else f"{how} (a guess, as counts are equal)")

@@ -42,7 +42,7 @@ _SUFFIX = (
 )
 _UUID = r"^\{?(\w{8})-(\w{4})-(\w{4})-(\w{4})-(\w{12})\}?$"
 _QUOTED = r"^(?:b|tensor|np\.str_)?(?:'([^']*)'|\"([^\"]*)\"|\((-?\d+)\))$"  # b'7', tensor(7)
-_NULLS = pa.array([*sorted(MISSING), "NaT"], pa.large_string())
+_NULLS = pa.array(["", *sorted(MISSING), "NaT"], pa.large_string())
 _SPLITS = re.compile(r"train|val|dev|test", re.IGNORECASE)
 _LAST = "by the last number of their names"
 
@@ -202,7 +202,7 @@ def _as_numbers(pattern: str) -> Change:
 
 
 def trimmed(keys: pa.Array) -> pa.Array:
-    """Remove spaces, quotes of bytes, and words for missing values."""
+    """Remove spaces, quotes of bytes, and blank keys and words for missing values."""
     plain = pc.replace_substring_regex(pc.utf8_trim_whitespace(keys), _QUOTED, r"\1\2\3")
     return pc.if_else(pc.is_in(plain, value_set=_NULLS), pa.scalar(None, plain.type), plain)
 

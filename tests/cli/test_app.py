@@ -306,7 +306,7 @@ def test_a_set_is_divided_on_the_command_line(arrays: tuple[Path, Path], tmp_pat
     assert f"{out}: train 220, val 30, test 50 images" in done.stdout
     assert f"next: csalign train {out}" in done.stdout
     assert refused.returncode == 1
-    assert "replace the splits with --overwrite" in refused.stderr
+    assert "replace the splits: csalign split" in refused.stderr
     assert document["splits"] == {
         "train": {"images": 270, "texts": 270},
         "val": {"images": 30, "texts": 30},

@@ -79,18 +79,21 @@ def test_columns_become_sides_of_one_item_per_row(
 def test_an_interrupted_extraction_resumes(
     items: Path, tiny_clip: tuple[Path, Path], tmp_path: Path
 ) -> None:
+    items.write_text(items.read_text().replace("note,split", "note,part"))
     weights = tiny_clip[1].rename(tiny_clip[1].with_name("elsewhere.safetensors"))
     try:
         with pytest.raises(EncoderError):
-            run(items, tiny_clip)
+            run(items, tiny_clip, split_column="part")
     finally:
         weights.rename(tiny_clip[1])
     messages: list[str] = []
     assert (tmp_path / "set.sides" / "photo" / "manifest.json").is_file()
-    run(items, tiny_clip, lambda what, *_: messages.append(what))
+    run(items, tiny_clip, lambda what, *_: messages.append(what), split_column="part")
 
     assert not any("images" in message for message in messages)
-    assert FeatureSet.open(tmp_path / "set").sides == ("text", "photo", "title")
+    features = FeatureSet.open(tmp_path / "set")
+    assert features.sides == ("text", "photo", "title")
+    assert features.table("photo").strings("split").to_pylist() == ["train"] * 3
 
 
 def test_options_are_checked(items: Path, tiny_clip: tuple[Path, Path]) -> None:

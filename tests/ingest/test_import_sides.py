@@ -14,6 +14,7 @@ from csalign.core import outputs
 from csalign.core.enums import side_of
 from csalign.core.errors import ConfigError, CsalignError, DataError, OutputError
 from csalign.core.results import FeaturesResult
+from csalign.features import schema
 from csalign.features.reader import FeatureSet
 from csalign.features.sides import SidedRows, load_sides
 from csalign.ingest.config import ImportConfig
@@ -82,7 +83,7 @@ def test_a_wide_table_names_rows_by_id_or_number(files: dict[str, Path], tmp_pat
     assert result.counts["by_sides"] == {"1": 31, "2": 1, "3": 1}
     assert result.counts["pairs"] == {"image": {"text": 2, "audio": 2}, "text": {"audio": 2}}
     assert result.pairing == (
-        f"{tmp_path}/items.csv (audio by row number from 0, text + image by id)"
+        f"{tmp_path}/items.csv (audio by row number from 0, text by id, image by id)"
     )
 
 
@@ -174,6 +175,54 @@ def test_a_common_column_joins_sides(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert result.counts is not None
     assert result.counts["pairs"]["text"] == {"audio": 3, "video": 0}
     assert "no row of video shares an item" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ({"id": [*map(str, range(4))]}, {"id": [*map(str, range(12))]}),  # each counts its own rows
+        ({"speaker_id": [*"aabb"]}, {"speaker_id": [*"aaaabbbbbbbb"]}),  # a class
+        ({"file": ["1.wav", "2.wav", "3.wav", "4.wav"]}, {"file": [f"{n}.txt" for n in range(12)]}),
+    ],
+)
+def test_a_column_that_may_be_by_chance_joins_only_when_named(
+    tmp_path: Path, one: dict[str, Any], two: dict[str, Any]
+) -> None:
+    sides = {
+        "audio": table(tmp_path / "a.parquet", numbers(4, 4), **one),
+        "text": table(tmp_path / "t.parquet", numbers(12, 3), **two),
+    }
+    with pytest.raises(DataError, match="no column joins the sides"):
+        import_arrays(ImportConfig(side=sides, out=tmp_path / "set"))
+    import_arrays(ImportConfig(side=sides, out=tmp_path / "set", pair_by=next(iter(one))))
+
+
+def test_words_for_missing_values_are_no_items(tmp_path: Path) -> None:
+    sides = {
+        name: table(tmp_path / f"{name}.parquet", numbers(4, 4), item=["x", "nan", "None", " "])
+        for name in ("audio", "text")
+    }
+    result = import_arrays(ImportConfig(side=sides, out=tmp_path / "set"))
+
+    assert result.counts is not None
+    assert result.counts == {
+        "items": 7,
+        "by_sides": {"1": 6, "2": 1},
+        "pairs": {"text": {"audio": 1}},
+    }
+
+
+def test_the_first_column_with_common_values_joins(tmp_path: Path) -> None:
+    sides = {
+        name: table(
+            tmp_path / f"{name}.parquet",
+            numbers(3, 4),
+            file=[f"{own}.{name}" for own in "abc"],
+            hash=["1f", "2f", "3f"],
+        )
+        for name in ("audio", "text")
+    }
+    assert import_arrays(ImportConfig(side=sides, out=tmp_path / "set")).pairing == "hash"
 
 
 def test_texts_name_their_images(tmp_path: Path) -> None:
@@ -333,6 +382,67 @@ def test_sides_are_added_to_a_set_of_two(tmp_path: Path) -> None:
     assert counts["test"] == {"images": 20, "texts": 20, "depth": 20}
 
 
+def test_pairs_that_two_sides_lose_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sides = {
+        "image": table(tmp_path / "i.parquet", numbers(3, 4), id=[*"abc"], item=[*"xxy"]),
+        "text": table(tmp_path / "t.parquet", numbers(2, 3), item=[*"xy"]),
+    }
+    import_arrays(ImportConfig(side=sides, out=tmp_path / "set"))
+
+    assert "several images are paired with the first of these, 2 of 3 pairs" in caplog.text
+
+
+def test_a_side_is_added_by_the_ids_that_fit(tmp_path: Path) -> None:
+    sides = {
+        name: table(
+            tmp_path / f"{name}.parquet",
+            numbers(3, 4),
+            id=[f"{name}{row}" for row in range(3)],
+            item=[*"xyz"],
+        )
+        for name in ("audio", "text")
+    }
+    out = tmp_path / "set"
+    import_arrays(ImportConfig(side=sides, out=out))
+    depth = table(tmp_path / "d.parquet", numbers(2, 3), id=["audio2", "audio0"])
+    added = import_arrays(ImportConfig(side={"depth": depth}, out=out, add=True))
+
+    assert added.pairing == "item; depth: id of audio"
+    assert items_of(out, "depth") == ["z", "x"]
+
+
+def test_a_side_is_added_to_texts_alone(tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    texts = table(tmp_path / "t.parquet", numbers(3, 4), text_id=[*"abc"])
+    csalign.import_arrays(texts=texts, out=out)
+    audio = table(tmp_path / "a.parquet", numbers(2, 3), text_id=["c", "a"])
+    added = import_arrays(ImportConfig(side={"audio": audio}, out=out, add=True))
+
+    assert added.counts is not None
+    assert added.counts["by_sides"] == {"1": 1, "2": 2}
+    assert items_of(out, "audio") == ["c", "a"]
+
+
+def test_an_addition_to_a_set_that_another_changes_is_refused(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    run(files, "item,audio,text,image\na,1,t1,100\n")
+    out = tmp_path / "set"
+    np.save(tmp_path / "depth.npy", numbers(12, 3))
+
+    def change(*_: Any) -> None:
+        changed = schema.read_manifest(out).model_copy(update={"pairing": "of another process"})
+        schema.write_manifest(out, changed)
+
+    side = {"depth": tmp_path / "depth.npy"}
+    config = ImportConfig(side=side, out=out, add=True, pair_by="order")
+    with pytest.raises(DataError, match="was changed meanwhile; run the same command again"):
+        import_arrays(config, change)
+    assert FeatureSet.open(out).sides == ("image", "text", "audio")
+
+
 def test_arrays_in_memory(tmp_path: Path) -> None:
     sides = {"audio": numbers(6, 3), "text": numbers(5, 4), "video": numbers(4, 2)}
     items = {"audio": [0, 1, None], "text": np.array([4, 3, 2]), "video": [1.0, np.nan, 2.0]}
@@ -343,6 +453,10 @@ def test_arrays_in_memory(tmp_path: Path) -> None:
     assert frame["side"].tolist() == ["text", "audio", "video"]
     assert result.counts is not None
     assert result.counts["pairs"] == {"text": {"audio": 2, "video": 2}, "audio": {"video": 1}}
+
+    frame = pd.DataFrame({**items, "video": pd.array([1, None, 2], dtype="Int64")})
+    again = csalign.import_arrays(sides=sides, items=frame, out=tmp_path / "again")
+    assert again.counts == result.counts
 
 
 def test_all_rows_of_an_item_are_in_one_split(tmp_path: Path) -> None:
@@ -403,6 +517,34 @@ def test_copies_of_a_side_stay_together(tmp_path: Path) -> None:
     assert (result.groups, result.grouped) == (30, 60)
     assert splits[:30] == splits[30:]
     assert "items in 30 groups" in result.kept_together
+
+
+def test_copies_with_other_captions_stay_together_and_stored_splits_are_of_items(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    audio = numbers(60, 8)
+    audio[30:] = audio[:30]
+    splits = ["test", *[None] * 59]
+    sides = {
+        "audio": table(
+            tmp_path / "a.parquet",
+            audio,
+            item=[*map(str, range(60))],
+            caption=[f"sound {row}" for row in range(60)],
+            split=splits,
+        ),
+        "text": table(tmp_path / "t.parquet", numbers(60, 4), item=[*map(str, range(60))]),
+    }
+    out = tmp_path / "set"
+    import_arrays(ImportConfig(side=sides, out=out, val=10))
+    found = items_of(out, "audio", "split")
+
+    assert found[0] == "test"
+    assert found[30] == "train"
+    assert found[1:30] == found[31:]
+    assert items_of(out, "text", "split") == found
+    assert FeatureSet.open(out).splits()["val"] == {"images": 0, "texts": 10, "audio": 10}
+    assert "1 item in train, where copies, near-duplicates or captions" in caplog.text
 
 
 def test_two_sides_are_copied_by_item_with_their_splits(
