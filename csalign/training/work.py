@@ -132,7 +132,7 @@ class Job:
         unpaired = round(size * objective.unpaired_ratio * uses_unpaired(objective))
         given = options.model_dump(include={"epochs", "minutes", "validations", "patience"})
         given["steps"] = options.steps if phase.steps is None else phase.steps
-        schedule = plan(max(1, items), size, **given)
+        schedule = plan(max(1, items), size, **given, others=len(adapter.names) - 1)
         if phase.last is not None:
             schedule = schedule._replace(last=phase.last)
         return Trainer(
