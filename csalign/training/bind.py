@@ -186,9 +186,11 @@ class _Rows(NamedTuple):
     places: Indices  # ascending
 
     def common(self, other: "_Rows") -> tuple[Indices, Indices]:
-        """Match rows with those of another table, by id; the same table as they stand."""
+        """Match rows with those of another table, by id; of the same table, those of both."""
         mine, theirs = self.places, other.places
-        if self.table.folder != other.table.folder:
+        if self.table.folder == other.table.folder:  # maybe of other splits
+            mine = theirs = np.intersect1d(mine, theirs, assume_unique=True)
+        else:
             ids = [own.table.column(schema.ID, own.places) for own in (self, other)]
             names = [own.to_numpy().astype(str) for own in ids]
             _, one, two = np.intersect1d(*names, return_indices=True)
