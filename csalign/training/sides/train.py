@@ -13,10 +13,9 @@ from csalign.adapters.model import Adapter
 from csalign.adapters.side import mean_square
 from csalign.core.enums import AnySide, Modality, side_of
 from csalign.core.errors import ConfigError
-from csalign.features.arrays import IN_MEMORY
 from csalign.features.reader import FeatureSet
 from csalign.features.sides import SidedRows, chosen_sides
-from csalign.runs.load import check_encoder
+from csalign.runs.load import check_encoders
 from csalign.training.checkpoints import UnfinishedRun, info_of
 from csalign.training.closed_forms.initialization import Start
 from csalign.training.closed_forms.settings import Setting
@@ -193,13 +192,14 @@ def sides_work(config: TrainConfig) -> SidesWork | None:
         return None
     base = None
     if config.add_side is not None and config.into is not None:
-        base = load_adapter_with_info(config.into)[0]
+        base, info = load_adapter_with_info(config.into)
         sides = _sides_with(base, side_of(config.add_side), sides, config)
     check_several(config, sides)
     data = load_sides_data(features, config.group(DataOptions), sides, config.seed)
-    if base is None:
+    if base is None or config.into is None:
         return SidesWork(config, data, kinds_of(config.group(AdapterOptions), sides))
-    _check_encoders(features, base, config)
+    known = [side for side in base.names if side in features.sides]
+    check_encoders(features, config.into, info, sides=known)
     rows = {side: own for side, own in data.rows.sides.items() if side in base.names}
     added = [side for side in sides if side not in base.names]
     kinds = kinds_of(config.group(AdapterOptions), (*added, *sides))
@@ -240,17 +240,6 @@ def _sides_with(
             "none; a side that both have is needed"
         )
     return tuple(side for side in sides if side in (*known, added))
-
-
-def _check_encoders(features: FeatureSet, base: Adapter, config: TrainConfig) -> None:
-    if features.path.name == IN_MEMORY or base.info is None:
-        return
-    pairs = {
-        side: (features.table(side).encoder, base.info.encoder(side))
-        for side in base.names
-        if side in features.sides
-    }
-    check_encoder(pairs, str(features.path), f"{config.into} was trained on")
 
 
 def _aligned(base: Adapter, rows: SidedRows) -> SidedRows:
