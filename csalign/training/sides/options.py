@@ -46,11 +46,12 @@ _OF_TWO_SIDES = {
 
 def check_several(config: Any, sides: tuple[str, ...]) -> None:
     """Raise ConfigError if options have no meaning for several sides, or contradict each other."""
+    both = ", or train on two with --sides image,text" * ({"image", "text"} <= {*sides})
     for name, why in _OF_TWO_SIDES.items():
         if getattr(config, name) != type(config).model_fields[name].default:
             raise ConfigError(
                 f"{config.shown(name)}: works with images and texts alone, and the sides are "
-                f"{', '.join(sides)}: {why}; leave it out, or train on two with --sides image,text"
+                f"{', '.join(sides)}: {why}; leave it out{both}"
             )
     if (config.add_side is None) != (config.into is None):
         raise ConfigError("--add-side and --into go together; give the new side, and the run")
@@ -58,7 +59,12 @@ def check_several(config: Any, sides: tuple[str, ...]) -> None:
         raise ConfigError("--hub: a side that is added is paired with all others; leave it out")
     for option, side in (("hub", config.hub), ("add-side", config.add_side)):
         if side is not None and side not in sides:
-            raise ConfigError(f"--{option}: {side} is not a side; there are {', '.join(sides)}")
+            raise ConfigError(
+                f"--{option}: {side} is not a side of {config.features} to train on; there are "
+                f"{', '.join(sides)}"
+                + f"; add it with csalign import --side {side}=FILE --add"
+                * (option == "add-side")
+            )
 
 
 def check_two(config: Any) -> None:
@@ -66,7 +72,10 @@ def check_two(config: Any) -> None:
     for name in ("hub", "add_side", "into"):
         if getattr(config, name) is not None:
             raise ConfigError(
-                f"{config.shown(name)}: needs sides beside image and text, and {config.features} "
-                "has none to train on; leave it out, or add one with csalign import --side "
-                "NAME=FILE --add"
+                f"{config.shown(name)}: needs sides beside image and text; leave it out, "
+                + (
+                    f"add one to {config.features} with csalign import --side NAME=FILE --add"
+                    if config.sides is None
+                    else f"or name more than --sides {','.join(config.sides)}"
+                )
             )
