@@ -230,8 +230,8 @@ def _find_rows(table: Labels, side: SideKeys, cells: pa.Array, by_row: bool) -> 
         raise DataError(
             f"{table.where(line)}: {side.name} {cells[line].as_py()!r:.200} is not in "
             f"{side.labels.name} ({len(found.missing):,} of {len(cells) - cells.null_count:,} "
-            f"names are not; its column {side.key} has {examples(side.ids)}, ...); correct the cells, or "
-            "leave them empty"
+            f"names are not; its column {side.key} has {examples(side.ids)}, ...); correct the "
+            "cells, or leave them empty"
         )
     cells = trimmed(cells)
     is_number = pc.fill_null(pc.match_substring_regex(cells, r"^\d{1,15}(\.0*)?$"), True)

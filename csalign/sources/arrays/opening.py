@@ -201,8 +201,8 @@ def labels_beside(
         if sides[side].labels or is_remote(folder) or not folder.is_dir():
             continue
         near = {own: arrays[own] for own, other in folders.items() if other == folder}
-        others = {*folder.iterdir()} - {*near.values()}
-        for file in sorted(own for own in others if own.absolute() not in read_otherwise):
+        files = {*folder.iterdir()} - {*near.values()}
+        for file in sorted(own for own in files if own.absolute() not in read_otherwise):
             owners = _owners_of(file, near)
             if side in owners and (labels := _read_beside(file, len(sides[side]))):
                 unread[labels.name] = None

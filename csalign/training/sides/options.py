@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from csalign.adapters.kinds import BASELINES
 from csalign.core.config import Config, RunFolder, Words
 from csalign.core.errors import ConfigError
 
@@ -53,6 +54,11 @@ def check_several(config: Any, sides: tuple[str, ...]) -> None:
                 f"{config.shown(name)}: works with images and texts alone, and the sides are "
                 f"{', '.join(sides)}: {why}; leave it out{both}"
             )
+    if config.adapter in BASELINES:
+        raise ConfigError(
+            f"--adapter {config.adapter}: is fitted on images and texts alone, and the sides are "
+            f"{', '.join(sides)}; --steps 0 --ensemble off keeps their closed form"
+        )
     if (config.add_side is None) != (config.into is None):
         raise ConfigError("--add-side and --into go together; give the new side, and the run")
     if config.hub is not None and config.add_side is not None:
