@@ -64,7 +64,7 @@ COMMANDS: dict[str, dict[str, tuple[type[Config], str, Callable[..., None]]]] = 
 HELP = {
     "extract": "Encode images and captions with frozen encoders into a feature set.",
     "import": "Import arrays of embeddings as a feature set.",
-    "split": "Divide a feature set into train, val and test, by image.",
+    "split": "Divide a feature set into train, val and test, by image or item.",
     "inspect": "Summarise an artifact and verify all of it.",
     "train": "Train adapters on a feature set.",
     "tune": "Search settings of train on validation; options you pass stay fixed.",

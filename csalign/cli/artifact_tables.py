@@ -51,10 +51,10 @@ def features_table(result: results.FeaturesResult, settings: Config) -> None:
     print_line(f"{size}, already complete") if result.existed else print_wrote(size)
     for name, text in _sided(result).items():
         print_wrapped(f"  {name}: {text}")
-    print_line(f"  splits: {_splits(summary)}")
+    print_wrapped(f"  splits: {_splits(summary)}")
     if "pairing" in summary:
         title = "joined by" if result.sides else "pairs"
-        print_line(f"  {title}: {summary['pairing']}")
+        print_wrapped(f"  {title}: {summary['pairing']}")
     for text in _failures(result):
         print_line(f"  {text}")
     is_eval = isinstance(settings, ApplyConfig) and result.pairs
@@ -149,7 +149,7 @@ def _inspected_features(document: Mapping[str, Any]) -> Inspected:
         "skipped inputs": f"{counts['failures']:,}" + f" ({FAILURES})" * bool(counts["failures"]),
         "size": f"{decimal(document['bytes'])} in {counted(document['shards'], 'file')}, "
         f"{document['dtype']}",
-        "fingerprint": document["fingerprint"][:FINGERPRINT],
+        "fingerprint": " + ".join(own[:FINGERPRINT] for own in document["fingerprint"].split("+")),
     }
     return "feature set, valid", rows, list(after_features(document))
 

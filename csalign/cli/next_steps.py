@@ -36,21 +36,25 @@ def splits_of(features: Path | str) -> list[str | None]:
 
 
 def has_one_width(features: Path | str) -> bool:
-    """Return whether both sides of a feature set have the same width."""
+    """Return whether all sides of a feature set, two at least, have the same width."""
     from csalign.features.schema import read_manifest
 
     try:
-        encoders = read_manifest(parse_location(features)).encoders
+        manifest = read_manifest(parse_location(features))
     except CsalignError:
         return False
-    image, text = encoders.image, encoders.text
-    return image is not None and text is not None and image.width == text.width
+    both = [own for own in (manifest.encoders.image, manifest.encoders.text) if own is not None]
+    widths = [own.width for own in (*both, *(own.encoder for own in manifest.sides.values()))]
+    return len(widths) > 1 and len({*widths}) == 1
 
 
 def after_features(summary: Mapping[str, Any]) -> Iterator[Step]:
     """Suggest what to do with a feature set: split it, train on it, or index its one side."""
     counts, path = summary["counts"], summary["path"]
-    if counts["pairs"]:
+    pairs = counts["pairs"]
+    if isinstance(pairs, Mapping):  # of each two sides
+        pairs = any(number for own in pairs.values() for number in own.values())
+    if pairs:
         if "test" not in summary["splits"]:
             yield no_test_split(path)
         yield ("train", path, "--out", first_free("run"))

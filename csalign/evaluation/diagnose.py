@@ -106,9 +106,9 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> Result:
     else:
         document = {"features": str(features.path), "names": features.manifest.names, **document}
         log.info(
-            "%s: images are %d wide and texts %d, so the conflict and the gap need an adapter; "
-            "pass --adapter closed-form or a run for them",
-            *(features.path, features.images.width, features.texts.width),
+            "%s: the sides are %d and %d wide; the conflict and the gap, which need one width or "
+            "--adapter, are left out",
+            *(features.path.name, features.images.width, features.texts.width),
         )
     if config.report is not None:
         write_diagnosis(config.report, document)

@@ -98,8 +98,12 @@ def chosen_sides(features: FeatureSet, sides: Sequence[str] | None) -> tuple[Any
         found = tuple(side for side in there if side in named)
     if len(found) < 2:
         raise ConfigError(
-            f"{features.path}: two sides or more are needed, and {', '.join(found) or 'none'} is "
-            "there; add one with csalign import --side NAME=FILE --add"
+            f"{features.path}: two sides or more are needed, not {', '.join(found) or 'none'}; "
+            + (
+                "add one with csalign import --side NAME=FILE --add"
+                if len(there) < 2
+                else f"name more with --sides; its sides are {', '.join(there)}"
+            )
         )
     return found
 

@@ -330,7 +330,7 @@ def _sizes(features: FeatureSet, settings: SplitSettings, count: int) -> dict[st
         listed = ", ".join(name for name in there if name is not None)
         raise DataError(
             f"{path}: is divided already, into {listed}; only rows without a split or in train are "
-            "divided, so ask for a split that is missing"
+            "divided, so ask for a split that is missing, or leave out --val and --test"
         )
     for name in asked:
         if asked[name] is not None and name in there:

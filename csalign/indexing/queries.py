@@ -18,6 +18,7 @@ from csalign.core.arrays import Array, Floats
 from csalign.core.devices import pick_device
 from csalign.core.enums import AnySide, Modality, side_of
 from csalign.core.errors import ConfigError, CsalignError, DataError, EncoderError, ShapeError
+from csalign.core.paths import likely_meant
 from csalign.encoders.base import Embedded, EncoderOptions, is_trusted, load_encoders
 from csalign.features.checks import scaled
 from csalign.features.export import recorded_encoder
@@ -57,6 +58,9 @@ def asked_queries(config: SearchConfig, manifest: IndexManifest) -> list[Query]:
     found = []
     for name, value in config.queries.items():
         side, is_rows = side_of(name), _ROWS.fullmatch(value) is not None
+        file, colon, row = value.rpartition(":")
+        if colon and not is_rows and file.lower().endswith(".npy"):
+            raise ConfigError(f"--query {name}={value}: {row!r} is not a row; count rows from 0")
         is_picture = side is Modality.IMAGE or (side is not Modality.TEXT and Path(value).is_file())
         found.append(
             Query(side, "rows" if is_rows else "pictures" if is_picture else "words", value)
@@ -211,7 +215,8 @@ class QueryEncoder:
         if rows.shape[1] != width:
             raise ShapeError(
                 f"{path}: has width {rows.shape[1]}, the {self.side} embeddings of {self.index} "
-                f"have {width}; use their encoder, or name the side with --query-side"
+                f"have {width}; use their encoder, or name the side of the rows with "
+                + ("--query SIDE=FILE.npy" if self.options.queries else "--query-side")
             )
         if (found := recorded_encoder(path.absolute())) is not None:
             self._check(found, self._known)
@@ -255,6 +260,8 @@ def _read_array(path: Path) -> Array:
     try:
         with path.open("rb") as file:
             rows = np.load(file, allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file{likely_meant(path)}") from None
     except (OSError, ValueError, EOFError) as error:
         raise DataError(
             f"{path}: cannot be read as .npy ({error}); save it with numpy.save"

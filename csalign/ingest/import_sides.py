@@ -61,7 +61,7 @@ def import_sides(config: ImportConfig, progress: Progress = silent) -> FeaturesR
     inputs += [] if config.pairs is None else [config.pairs]
     may_replace = config.overwrite or config.add
     outputs.check_output(config.out, schema.ENTRIES, overwrite=may_replace, inputs=tuple(inputs))
-    vectors = _open(specs, by_table=config.pairs is not None)
+    vectors = _open(specs, config.pairs)
     table = None if config.pairs is None else read_label_table(config.pairs)
     kept = [] if old is None else [_stored(old, side) for side in old.sides if side not in specs]
     new = [describe_side(name, own.labels) for name, own in vectors.items()]
@@ -139,7 +139,7 @@ def _opened(config: ImportConfig) -> FeatureSet:
     return old
 
 
-def _open(specs: Mapping[str, Path], *, by_table: bool) -> dict[str, Vectors]:
+def _open(specs: Mapping[str, Path], pairs: Path | None) -> dict[str, Vectors]:
     """Open each side, with the labels beside it; warn of vectors that are not used."""
     found = {name: with_splits(read_side(spec, name)) for name, spec in specs.items()}
     for name, own in found.items():
@@ -147,13 +147,13 @@ def _open(specs: Mapping[str, Path], *, by_table: bool) -> dict[str, Vectors]:
             raise DataError(
                 f"{own.name}: is 3-D; save the rows of {name} as (rows, width), with a column item"
             )
-    beside = labels_beside(found, of_all=False)
+    beside = labels_beside(found, of_all=False, given=[] if pairs is None else [pairs])
     found = {name: replace(own, labels=beside.get(name, own.labels)) for name, own in found.items()}
     used = {part.name for own in found.values() for part in own.parts}
     for unused in sorted({name for own in found.values() for name in own.unused} - used):
         logger.warning("%s is not imported; give it a --side, or ignore this", unused)
     gaps = [own for own in found.values() if own.gap and not own.labels]
-    if gaps and not by_table and len({own.gap for own in found.values()}) > 1:
+    if gaps and pairs is None and len({own.gap for own in found.values()}) > 1:
         raise DataError(f"{gaps[0].name}: {gaps[0].gap} Add it, or give the items with --pairs")
     return found
 

@@ -56,7 +56,7 @@ def named_sides(features: FeatureSet, names: Collection[str]) -> tuple[AnySide, 
     if missing := [side for side in named if side not in features.sides]:
         raise ConfigError(
             f"{features.path}: has no {missing[0].plural}; its sides are "
-            f"{', '.join(features.sides) or 'none'}"
+            f"{', '.join(features.sides) or 'none'}; name some of them"
         )
     return tuple(side for side in features.sides if side in named)
 

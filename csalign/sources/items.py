@@ -116,14 +116,16 @@ def join_items(sides: Sequence[SideKeys], table: Labels | None, by: str | None) 
 
 
 def _by_table(sides: Sequence[SideKeys], table: Labels) -> Items:
+    if not table.rows:
+        raise DataError(f"{table.name}: has no rows; give a line per item, or per row of a side")
     by_name = {plain_name(side.name): side for side in sides}
     is_long = first_of(("side",), table.names) is not None
     cells, used = (_long_cells if is_long else _wide_cells)(by_name, table)
     if missing := next((own.name for own in sides if own.is_new and own.name not in cells), None):
         raise DataError(
             f"{table.name}: names no rows of {missing} (columns: {', '.join(table.names)})"
-            f"{did_you_mean(missing, table.names)}; add "
-            + (f"lines of side {missing}" if is_long else f"a column {missing}")
+            f"; add {'lines of side' if is_long else 'a column'} {missing}"
+            f"{did_you_mean(missing, table.names)}"
         )
     read = {name: _find_rows(table, by_name[plain_name(name)], *cells[name]) for name in cells}
     rows = {name: found for name, (found, _) in read.items()}
@@ -134,8 +136,8 @@ def _by_table(sides: Sequence[SideKeys], table: Labels) -> Items:
     used |= {item, split, captions if captioned else None}
     if unread := [name for name in table.names if name not in used]:
         log.warning(
-            "%s: not read: %s; columns are named like the sides: %s",
-            *(table.name, ", ".join(unread), ", ".join(side.name for side in sides)),
+            "%s: columns that are not read: %s; those of a side have the name of its --side",
+            *(table.name, ", ".join(unread)),
         )
     keys, how = _line_keys(sides, table, rows, item)
     codes = keys.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
@@ -220,8 +222,8 @@ def _find_rows(table: Labels, side: SideKeys, cells: pa.Array, by_row: bool) -> 
             raise DataError(
                 f"{table.where(line)}: {side.name} {cells[line].as_py()!r:.200} is not in "
                 f"{side.labels.name} ({len(own.missing):,} of {len(cells) - cells.null_count:,} "
-                f"names are not; its {side.key} are {examples(side.ids)}, ...); correct the cells, "
-                "or leave them empty"
+                f"names are not; its column {side.key} has {examples(side.ids)}, ...); correct the "
+                "cells, or leave them empty"
             )
     is_number = pc.fill_null(pc.match_substring_regex(cells, r"^\d{1,15}(\.0*)?$"), True)
     numbers = pc.if_else(is_number, cells, pa.scalar(None, cells.type)).cast(pa.float64())

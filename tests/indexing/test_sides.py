@@ -132,6 +132,8 @@ def test_compressed_vectors_are_warned_of(
         ({"queries": {"video": "text.npy"}}, ConfigError, "'video' is not a side; use image or"),
         ({"queries": {"audio": "text.npy"}}, ShapeError, "has width 11, the audio embeddings"),
         ({"queries": {"audio": "a dog barks"}}, EncoderError, "--query audio=FILE.npy"),
+        ({"queries": {"audio": "audio.npy:first"}}, ConfigError, "'first' is not a row"),
+        ({"queries": {"audio": "missing.npy"}}, DataError, r"missing\.npy: no such file"),
         ({"queries": {"text": "text.npy"}, "text": "a dog"}, ConfigError, "are 2 queries"),
         ({"embedding": "text.npy"}, ConfigError, "name its side with --query-side"),
     ],

@@ -131,6 +131,7 @@ def test_lines_without_an_item_that_repeat_a_row_are_one(
         ),
         ("side,id,item\nimges,100,a\n", "row 2: side 'imges' is not one of audio, text, image"),
         ("side,id\nimage,100\n", "needs item, and id or row"),
+        ("audio,text,image\n", "has no rows; give a line per item"),
     ],
 )
 def test_what_does_not_fit_is_refused(files: dict[str, Path], lines: str, message: str) -> None:
@@ -143,7 +144,8 @@ def test_columns_of_no_side_are_named(
 ) -> None:
     run(files, "audio,text,image,notes\n1,t1,100,x\n")
 
-    assert "not read: notes; columns are named like the sides: audio, text, image" in caplog.text
+    assert "columns that are not read: notes; those of a side have the name of" in caplog.text
+    assert "items.csv: has one value per row" not in caplog.text
 
 
 def test_numbers_as_text_are_the_same_ids(tmp_path: Path) -> None:

@@ -221,3 +221,15 @@ def test_runs_on_other_rows_of_one_set_are_joined_by_the_same_rows(tmp_path: Pat
         result = csalign.bind(*both, tmp_path / f"bound{number}")
         assert result["rows"] == 300
         assert result["held_out"]["mean_recall"] > 0.9
+
+
+def test_rows_of_a_set_that_one_run_knows_by_other_splits_stay_matched(tmp_path: Path) -> None:
+    rows = views(300, 4)
+    known = tmp_path / "known"
+    sides = {side: rows[side] for side in ("image", "text")}
+    csalign.import_arrays(sides=sides, out=known, val=60)
+    seen = csalign.train(known, tmp_path / "seen", sides=["image", "text"], width=6, **CLOSED).run
+    heard = trained(tmp_path / "heard", views(300, 2), ("audio", "text"), width=5)
+
+    result = csalign.bind(seen, heard, tmp_path / "bound", features=[known])
+    assert result["held_out"]["cosine"] > 0.9

@@ -237,7 +237,7 @@ def test_kinds_of_ones_own_are_loaded_again_for_the_refit(
         ({"token_weight": 1.0}, "--token-weight: works with images and texts alone"),
         ({"adapter": "identity"}, "--adapter identity: needs one of two sides"),
         ({"batch_size": "auto"}, "--batch-size auto: needs a set of two sides"),
-        ({"hub": "smell"}, "--hub: smell is not a side; there are image, text, audio"),
+        ({"hub": "smell"}, "--hub: smell is not a side of .*; there are image, text, audio"),
         ({"sides": ("text", "smell")}, "--sides: smell is not in .*; its sides are image, text"),
         ({"sides": ("text",)}, "two sides or more are needed"),
         ({"sides": ("text", "audio"), "image_adapter": "mlp"}, "there is no image side"),
@@ -295,3 +295,8 @@ def test_kernels_stand_beside_a_network(features: Path, tmp_path: Path, share: f
     np.testing.assert_allclose(cosines[0], expected, atol=1e-4)
     assert work.data.val is not None
     assert measure_sides(embed_sides(kernel, work.data.val)).score.mean_recall > 0.5
+
+
+def test_a_baseline_is_fitted_on_images_and_texts_alone(features: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--adapter mean-shift: is fitted on images and texts"):
+        train(TrainConfig(features=features, out=tmp_path / "run", adapter="mean-shift"))

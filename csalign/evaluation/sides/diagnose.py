@@ -11,7 +11,7 @@ import numpy as np
 
 from csalign.core.arrays import Array, Ints
 from csalign.core.enums import Modality
-from csalign.core.errors import DataError
+from csalign.core.errors import ConfigError, DataError
 from csalign.core.progress import track
 from csalign.evaluation.agreement import (
     COMPARED,
@@ -59,7 +59,8 @@ def diagnose_sides(features: FeatureSet, config: DiagnoseConfig, split: str) -> 
         ConfigError: an option has no meaning here.
         DataError, SchemaError: as of `load_sides`.
     """
-    refuse_options(config, "logit_scale", "cs_weight", "bandwidth", "pairs", "report", "adapter")
+    refuse_options(config, "logit_scale", "cs_weight", "bandwidth", "pairs", "report")
+    _refuse_adapter(features, config)
     rows = load_sides(features, split, config.sides)
     rng, there = np.random.default_rng(config.seed), rows.present
     numbers = np.bincount(there.sum(1), minlength=len(rows.sides) + 1)
@@ -124,6 +125,15 @@ def _words(count: int, numbers: Ints, pairs: Mapping[tuple[str, str], _Pair]) ->
         )
 
 
+def _refuse_adapter(features: FeatureSet, config: DiagnoseConfig) -> None:
+    if config.adapter is not None:
+        raise ConfigError(
+            f"{config.adapter}: sides beside images and texts are diagnosed before training, "
+            f"without an adapter; use csalign diagnose {features.path}, or csalign eval "
+            f"{features.path} --adapter {config.adapter}"
+        )
+
+
 def write_pair(features: FeatureSet, config: DiagnoseConfig, split: str, folder: Path) -> None:
     """Write two sides as a set of images and texts, for a diagnosis of this pair.
 
@@ -133,7 +143,7 @@ def write_pair(features: FeatureSet, config: DiagnoseConfig, split: str, folder:
         ConfigError: an option has no meaning here.
         DataError: the sides share no item.
     """
-    refuse_options(config, "adapter")
+    _refuse_adapter(features, config)
     rows = load_sides(features, split, config.sides)
     first, second = rows.sides.values()
     items = np.unique(first.items)

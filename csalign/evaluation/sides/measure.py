@@ -66,7 +66,7 @@ def refuse_options(config: Config, *names: str) -> None:
     if given := [name for name in names if getattr(config, name) != fields[name].default]:
         listed = ", ".join(map(config.shown, given))
         raise ConfigError(
-            f"{listed}: only for images and texts; omit it, or pass --sides image,text"
+            f"{listed}: only for images and texts; omit it, or select these with --sides image,text"
         )
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -183,13 +183,16 @@ def _read_all(path: Path, modality: str, wanted: str | None) -> base.Vectors:
     return replace(base.join(str(path), arrays), gap=gap)
 
 
-def labels_beside(sides: Mapping[Any, base.Vectors], *, of_all: bool = True) -> dict[Any, Labels]:
+def labels_beside(
+    sides: Mapping[Any, base.Vectors], *, of_all: bool = True, given: Iterable[Path] = ()
+) -> dict[Any, Labels]:
     """Return the lists and tables of keys beside arrays without labels, `of_all` sides or of some.
 
     They have one value per row, and begin with the array's name, name its side, as
     ``image_ids.json`` does, or are named like keys in a folder of their own with it. Others with
-    such names are warned about.
+    such names are warned about, unless they are read because they were `given`.
     """
+    read_otherwise = {path.absolute() for path in given if not is_remote(path)}
     arrays = {side: Path(vectors.name) for side, vectors in sides.items()}
     folders = {side: path if path.is_dir() else path.parent for side, path in arrays.items()}
     found: dict[Any, list[Labels]] = {side: [] for side in sides}
@@ -198,7 +201,8 @@ def labels_beside(sides: Mapping[Any, base.Vectors], *, of_all: bool = True) -> 
         if sides[side].labels or is_remote(folder) or not folder.is_dir():
             continue
         near = {own: arrays[own] for own, other in folders.items() if other == folder}
-        for file in sorted({*folder.iterdir()} - {*near.values()}):
+        files = {*folder.iterdir()} - {*near.values()}
+        for file in sorted(own for own in files if own.absolute() not in read_otherwise):
             owners = _owners_of(file, near)
             if side in owners and (labels := _read_beside(file, len(sides[side]))):
                 unread[labels.name] = None

@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from csalign.adapters.kinds import BASELINES
 from csalign.core.config import Config, RunFolder, Words
 from csalign.core.errors import ConfigError
 
@@ -46,14 +47,20 @@ _OF_TWO_SIDES = {
 
 def check_several(config: Any, sides: tuple[str, ...]) -> None:
     """Raise ConfigError if options have no meaning for several sides, or contradict each other."""
+    both = ", or train on two with --sides image,text" * ({"image", "text"} <= {*sides})
     for name, why in _OF_TWO_SIDES.items():
         if getattr(config, name) != type(config).model_fields[name].default:
             raise ConfigError(
                 f"{config.shown(name)}: works with images and texts alone, and the sides are "
-                f"{', '.join(sides)}: {why}; leave it out, or train on two with --sides image,text"
+                f"{', '.join(sides)}: {why}; leave it out{both}"
             )
     if config.batch_size == "auto":
         raise ConfigError("--batch-size auto: needs a set of two sides; give a number")
+    if config.adapter in BASELINES:
+        raise ConfigError(
+            f"--adapter {config.adapter}: is fitted on images and texts alone, and the sides are "
+            f"{', '.join(sides)}; --steps 0 --ensemble off keeps their closed form"
+        )
     if (config.add_side is None) != (config.into is None):
         raise ConfigError("--add-side and --into go together; give the new side, and the run")
     if config.hub is not None and config.add_side is not None:
@@ -62,7 +69,12 @@ def check_several(config: Any, sides: tuple[str, ...]) -> None:
         raise ConfigError(f"--width: the space of {config.into} stays as it is; leave it out")
     for option, side in (("hub", config.hub), ("add-side", config.add_side)):
         if side is not None and side not in sides:
-            raise ConfigError(f"--{option}: {side} is not a side; there are {', '.join(sides)}")
+            raise ConfigError(
+                f"--{option}: {side} is not a side of {config.features} to train on; there are "
+                f"{', '.join(sides)}"
+                + f"; add it with csalign import --side {side}=FILE --add"
+                * (option == "add-side")
+            )
 
 
 def check_two(config: Any) -> None:
@@ -70,7 +82,10 @@ def check_two(config: Any) -> None:
     for name in ("hub", "add_side", "into"):
         if getattr(config, name) is not None:
             raise ConfigError(
-                f"{config.shown(name)}: needs sides beside image and text, and {config.features} "
-                "has none to train on; leave it out, or add one with csalign import --side "
-                "NAME=FILE --add"
+                f"{config.shown(name)}: needs sides beside image and text; leave it out, "
+                + (
+                    f"add one to {config.features} with csalign import --side NAME=FILE --add"
+                    if config.sides is None
+                    else f"or name more than --sides {','.join(config.sides)}"
+                )
             )

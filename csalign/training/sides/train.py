@@ -12,10 +12,9 @@ from csalign.adapters.model import Adapter
 from csalign.adapters.side import mean_square
 from csalign.core.enums import AnySide, Modality, side_of
 from csalign.core.errors import ConfigError
-from csalign.features.arrays import IN_MEMORY
 from csalign.features.reader import FeatureSet
 from csalign.features.sides import SidedRows, chosen_sides
-from csalign.runs.load import check_encoder
+from csalign.runs.load import check_encoders
 from csalign.training.checkpoints import UnfinishedRun, info_of
 from csalign.training.closed_forms.initialization import Start
 from csalign.training.closed_forms.settings import Setting
@@ -178,14 +177,15 @@ def sides_work(config: TrainConfig) -> SidesWork | None:
         return None
     base = None
     if config.add_side is not None and config.into is not None:
-        base = load_adapter_with_info(config.into)[0]
+        base, info = load_adapter_with_info(config.into)
         sides = _sides_with(base, side_of(config.add_side), sides, config)
     check_several(config, sides)
     new = None if base is None else side_of(str(config.add_side))
     data = load_sides_data(features, config.group(DataOptions), sides, config.seed, new)
-    if base is None or new is None:
+    if base is None or new is None or config.into is None:
         return SidesWork(config, data, kinds_of(config.group(AdapterOptions), sides))
-    _check_encoders(features, base, config)
+    known = [side for side in base.names if side in features.sides]
+    check_encoders(features, config.into, info, sides=known)
     kinds = dict.fromkeys(sides, FROZEN) | kinds_of(config.group(AdapterOptions), (new,))
     held = data.val
     data = replace(data, rows=_aligned(base, data.rows), val=held and _aligned(base, held))
@@ -222,17 +222,6 @@ def _sides_with(
             "none; a side that both have is needed"
         )
     return tuple(side for side in sides if side in (*known, added))
-
-
-def _check_encoders(features: FeatureSet, base: Adapter, config: TrainConfig) -> None:
-    if features.path.name == IN_MEMORY or base.info is None:
-        return
-    pairs = {
-        side: (features.table(side).encoder, base.info.encoder(side))
-        for side in base.names
-        if side in features.sides
-    }
-    check_encoder(pairs, str(features.path), f"{config.into} was trained on")
 
 
 def _aligned(base: Adapter, rows: SidedRows) -> SidedRows:
