@@ -21,21 +21,14 @@ from csalign.core.errors import DataError
 from csalign.core.figures import counted
 from csalign.core.results import SplitResult
 from csalign.features import schema
-from csalign.features.duplicates import (
-    Hashes,
-    Links,
-    hash_ids,
-    hash_names,
-    link_near_duplicates,
-    mix,
-)
+from csalign.features.duplicates import Hashes, Links, hash_ids, hash_names, mix
+from csalign.features.duplicates import link_near_duplicates as link_near
 from csalign.features.join import ALL, Joined, first_alike, join_ids, text_keys
 from csalign.features.reader import FeatureSet, FeatureTable, batch_vectors
 from csalign.features.schema import Splits, SplitSettings
 from csalign.features.sides import item_column, number_items
 
 log = logging.getLogger(__name__)
-
 
 TRAIN = "train"
 MOST_SHARING = 5  # images of a caption that keeps them together
@@ -120,8 +113,8 @@ def _finish(
     files: Mapping[AnySide, schema.Shard],
 ) -> SplitResult:
     """Write the manifest with the files of splits, and describe them."""
-    several = np.bincount(grouped.groups, minlength=1)
-    several = several[several > 1]
+    sizes = np.bincount(grouped.groups)
+    several = sizes[sizes > 1]
     made = Splits(
         settings=settings,
         threshold=grouped.threshold,
@@ -131,8 +124,7 @@ def _finish(
         texts=files.get(Modality.TEXT),
         sides={side: own for side, own in files.items() if not isinstance(side, Modality)},
     )
-    manifest = features.manifest.model_copy(update={"splits": made})
-    schema.write_manifest(features.path, manifest)
+    schema.write_manifest(features.path, features.manifest.model_copy(update={"splits": made}))
     return describe_splits(FeatureSet.open(features.path))
 
 
@@ -230,7 +222,7 @@ def group_images(features: FeatureSet, joined: Joined, *, near: bool = True) -> 
     images = features.images
     hashes, links, threshold = hash_ids(images), Links(len(images)), None
     if near:
-        threshold = link_near_duplicates(images, hashes, links)
+        threshold = link_near(images, hashes, links)
     rows = np.arange(len(images)) if joined.image_rows is None else joined.image_rows
     keys = _caption_keys(features.texts)
     keys = keys if joined.text_rows is None else keys[joined.text_rows]
@@ -310,7 +302,7 @@ def _link_items(
         if is_text:
             continue
         own = Links(len(table))
-        threshold = link_near_duplicates(table, hash_ids(table), own) or threshold
+        threshold = link_near(table, hash_ids(table), own) or threshold
         if side == Modality.IMAGE:
             links.add(of, of[own.groups()])
         else:
