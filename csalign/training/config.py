@@ -254,8 +254,8 @@ class OptimizerOptions(Config):
     steps: int | None = Field(
         None,
         ge=0,
-        description="Optimizer steps (default: at least 200; 15 epochs, fewer beyond a "
-        "million pairs).",
+        description="Optimizer steps (default: at least 200; 15 epochs, more of several "
+        "sides, fewer beyond a million pairs).",
     )
     epochs: Positive | None = Field(
         None, description="Passes over the captioned training images, instead of --steps."

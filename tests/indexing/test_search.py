@@ -269,7 +269,7 @@ def test_an_encoder_that_is_unknown_or_runs_code_is_not_loaded(
         ({"query": "a", "text": "b"}, ConfigError, "QUERY and --text are 2 queries"),
         ({"text": " "}, DataError, "the query is empty"),
         ({"image": "nowhere.png"}, DataError, r"nowhere\.png: cannot be read"),
-        ({"embedding": "nowhere.npy"}, DataError, r"nowhere\.npy: cannot be read"),
+        ({"embedding": "nowhere.npy"}, DataError, r"nowhere\.npy: no such file"),
         ({"embedding": "wide.npy"}, ShapeError, "has width 5, the text embeddings of"),
         ({"embedding": "nothing.npy"}, DataError, r"nothing\.npy, row 1: has no direction"),
         ({"embedding": "pickle.npy"}, DataError, "cannot be read as"),
