@@ -95,8 +95,15 @@ class _Inputs(ExitStack):
             return folder
         if option in ("pairs", "items") and hasattr(value, "keys"):  # columns, as of a table
             path = self._new("items.json", "items")
-            names = [*value.keys()]
-            path.write_text(json.dumps({str(name): _cells(value[name]) for name in names}))
+            columns = {str(name): _cells(value[name]) for name in value.keys()}  # noqa: SIM118
+            lengths = {name: len(cells) for name, cells in columns.items()}
+            if len({*lengths.values()}) > 1:
+                listed = ", ".join(f"{name} {length:,}" for name, length in lengths.items())
+                raise ShapeError(
+                    f"{option}: columns have different lengths ({listed}); give one value per "
+                    "line in each, None for none"
+                )
+            path.write_text(json.dumps(columns))
             return path
         if is_array(value) or (option == "embedding" and isinstance(value, list)):
             import numpy as np

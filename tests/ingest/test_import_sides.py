@@ -12,7 +12,7 @@ import safetensors.numpy
 import csalign
 from csalign.core import outputs
 from csalign.core.enums import side_of
-from csalign.core.errors import ConfigError, CsalignError, DataError, OutputError
+from csalign.core.errors import ConfigError, CsalignError, DataError, OutputError, ShapeError
 from csalign.core.results import FeaturesResult
 from csalign.features import schema
 from csalign.features.reader import FeatureSet
@@ -443,6 +443,13 @@ def test_an_addition_to_a_set_that_another_changes_is_refused(
     with pytest.raises(DataError, match="was changed meanwhile; run the same command again"):
         import_arrays(config, change)
     assert FeatureSet.open(out).sides == ("image", "text", "audio")
+
+
+def test_columns_of_items_have_one_length(tmp_path: Path) -> None:
+    sides = {"audio": np.eye(3), "video": np.eye(3)}
+    items = {"audio": [0, 1, 2], "video": [0, 1, 2], "depth": []}
+    with pytest.raises(ShapeError, match="items: columns have different lengths"):
+        csalign.import_arrays(sides=sides, items=items, out=tmp_path / "set")
 
 
 def test_arrays_in_memory(tmp_path: Path) -> None:
