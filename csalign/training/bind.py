@@ -272,8 +272,8 @@ def _shared_rows(
         y.append(other.embed(other.take(matched)))
     if not x:
         raise DataError(
-            f"there is no row of the side {share} that both runs embed; pass --features with sets "
-            f"of both encoders and equal ids{''.join(dict.fromkeys(reasons))}"
+            f"both runs embed no common row of the side {share}; pass --features with sets of both "
+            f"encoders and equal ids{''.join(dict.fromkeys(reasons))}"
         )
     distinct = np.unique(np.concatenate(keys), return_index=True)[1]  # captions are repeated
     return np.concatenate(x)[distinct], np.concatenate(y)[distinct]

@@ -105,7 +105,8 @@ class DataOptions(Config):
         (), description="Feature set whose rows the distribution term also uses; repeatable."
     )
     any_encoder: bool = Field(
-        False, description="Accept --unpaired sets of other encoders than those of FEATURES."
+        False,
+        description="Accept --unpaired sets, or a run --into, of other encoders than FEATURES.",
     )
     memory: int | None = Field(
         None,

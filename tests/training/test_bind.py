@@ -157,7 +157,7 @@ def test_rows_of_different_encoders_are_matched_by_id(
         csalign.import_arrays(texts=items[side], out=tmp_path / name)
     sets = [tmp_path / "narrow", tmp_path / "other"]
 
-    with pytest.raises(DataError, match=r"no row of the side text that both.*9 wide.*takes 10"):
+    with pytest.raises(DataError, match=r"no common row of the side text.*9 wide.*takes 10"):
         csalign.bind(runs["seen"], wide, tmp_path / "bound")
     result = csalign.bind(runs["seen"], wide, tmp_path / "bound", features=sets)
     assert result["rows"] == 80

@@ -237,6 +237,8 @@ def test_kinds_of_ones_own_are_loaded_again_for_the_refit(
         ({"token_weight": 1.0}, "--token-weight: works with images and texts alone"),
         ({"adapter": "identity"}, "--adapter identity: needs one of two sides"),
         ({"batch_size": "auto"}, "--batch-size auto: needs a set of two sides"),
+        ({"other_captions": 0.5}, "--other-captions: one row of an item is drawn"),
+        ({"any_encoder": True}, "--any-encoder: is for a set whose sides are added --into a run"),
         ({"hub": "smell"}, "--hub: smell is not a side of .*; there are image, text, audio"),
         ({"sides": ("text", "smell")}, "--sides: smell is not in .*; its sides are image, text"),
         ({"sides": ("text",)}, "two sides or more are needed"),

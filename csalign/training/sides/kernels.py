@@ -59,8 +59,9 @@ def choose_kernels(
 ) -> Chosen:
     """Fit kernels, and choose on validation: the network, the kernels, or both.
 
-    Gamma and ridge are chosen on at most 2,000 rows a side. The network stays unless another
-    choice gains more than a standard error, or two with fewer than 100 items.
+    Gamma and ridge are chosen on at most 2,000 rows per side. The network stays unless another
+    choice gains more than a standard error, or two with fewer than 100 items; the kernels stand
+    alone only if they gain a standard error on both together.
 
     Args:
         network: trained without what is held out.
@@ -99,7 +100,6 @@ def choose_kernels(
     other, shown = embed_sides(kernel, data.val), {}
     for share in (1.0, *(SHARES if joins else ())):
         shown[share] = measure_sides(_joined(own, other, share, added), added)
-    # On unseen rows both together do better than the kernels alone, if these are about as good.
     share = max(SHARES if joins else shown, key=lambda own: shown[own].score.mean_recall)
     share = 1.0 if shown[1.0].beats(shown[share]) else share
     errors = 1.0 if len(alone.recalls) >= ENOUGH_IMAGES else 2.0

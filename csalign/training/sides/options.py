@@ -32,7 +32,7 @@ class SidesOptions(Config):
 
 _OF_TWO_SIDES = {
     **dict.fromkeys(("captions", "cs_captions"), "one row of an item is drawn per epoch"),
-    **dict.fromkeys(("unpaired", "any_encoder"), "rows without partner belong into the set itself"),
+    "unpaired": "rows without partner belong into the set itself",
     **dict.fromkeys(
         ("tokens", "token_weight", "token_samples", "token_pairs", "token_memory"),
         "sides are aligned without tokens",
@@ -40,7 +40,9 @@ _OF_TWO_SIDES = {
     "networks": "one network is trained",
     "mixing": "items lack sides, so that no two can be mixed",
     "memory": "all rows are in memory",
-    **dict.fromkeys(("report", "pictures", "umap"), "there is no page yet; see csalign eval"),
+    **dict.fromkeys(
+        ("report", "pictures", "umap"), "training draws no page of them; see csalign eval --report"
+    ),
 }
 """Options that are refused with several sides unless they have their default, and why."""
 
@@ -54,6 +56,10 @@ def check_several(config: Any, sides: tuple[str, ...]) -> None:
                 f"{config.shown(name)}: works with images and texts alone, and the sides are "
                 f"{', '.join(sides)}: {why}; leave it out{both}"
             )
+    if config.other_captions not in (0.0, type(config).model_fields["other_captions"].default):
+        raise ConfigError("--other-captions: one row of an item is drawn per epoch; leave it out")
+    if config.any_encoder and config.into is None:
+        raise ConfigError("--any-encoder: is for a set whose sides are added --into a run")
     if config.batch_size == "auto":
         raise ConfigError("--batch-size auto: needs a set of two sides; give a number")
     if config.adapter in BASELINES:

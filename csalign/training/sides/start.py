@@ -159,7 +159,9 @@ class Starts:
         """Return the rows of a form by side, without those of some items."""
         inputs: dict[str, SideInput] = {}
         for side, own in self.data.rows.sides.items():
-            items = own.items if leave_out is None else _without(own.items, leave_out)
+            items = own.items
+            if leave_out is not None:
+                items = np.where(leave_out[items], -1, items)
             inputs[side] = SideInput(own.embeddings, items, self._unit(side, form))
         return inputs
 
@@ -229,7 +231,3 @@ class Starts:
         assert self.data.val is not None
         found = first_rows(self.data.val).items()
         return {side: (self._unit(side, form)(own), n) for side, (own, n) in found if len(n)}
-
-
-def _without(items: Ints, leave_out: Mask) -> Ints:
-    return np.where(leave_out[items], -1, items)

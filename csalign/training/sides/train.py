@@ -185,7 +185,7 @@ def sides_work(config: TrainConfig) -> SidesWork | None:
     if base is None or new is None or config.into is None:
         return SidesWork(config, data, kinds_of(config.group(AdapterOptions), sides))
     known = [side for side in base.names if side in features.sides]
-    check_encoders(features, config.into, info, sides=known)
+    check_encoders(features, config.into, info, any_encoder=config.any_encoder, sides=known)
     kinds = dict.fromkeys(sides, FROZEN) | kinds_of(config.group(AdapterOptions), (new,))
     held = data.val
     data = replace(data, rows=_aligned(base, data.rows), val=held and _aligned(base, held))
